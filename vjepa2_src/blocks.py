@@ -1,0 +1,106 @@
+"""What the encoder and the predictor share: 3-D rotary positions, attention, the transformer block.
+
+Capitals are sizes: B clips, T time steps, L tokens, H heads, D width. Module attribute names are the
+released checkpoint's. Source of the maths: arXiv:2506.09985 and facebookresearch/vjepa2 (MIT).
+"""
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@lru_cache(maxsize=64)
+def rope_table(head_dim, frames, rows, cols, grid, n_cond, device):
+    """Cosines and signed sines that rotate queries and keys by their place in the video.
+
+    A head's channels fall into three groups of `2 * (head_dim // 3 // 2)`, turned by frame, row and
+    column index; the channels left over stay as they are. Each frame's tokens are `n_cond` condition
+    tokens, turned by the frame alone, then rows × cols patches. Row and column indices are scaled to
+    the `grid` the network was trained on. Returns two [frames * (n_cond + rows * cols), head_dim]
+    float32 tensors, computed once per shape.
+
+    A quirk that the released weights need: channels turn in neighbouring pairs (0,1), (2,3) …, yet
+    the frequencies are tiled [f0 … fn, f0 … fn], so the two channels of a pair turn by different angles.
+    """
+    group = 2 * (head_dim // 3 // 2)
+    with torch.inference_mode(False):           # a table first made in inference must serve training
+        frequency = 10000.0 ** (-torch.arange(group // 2, device=device) / (group / 2))
+        frequency = frequency.tile(2)                                                   # [group]
+        patch = torch.arange(rows * cols, device=device)
+        place = torch.zeros(frames, n_cond + rows * cols, 3, device=device)
+        place[:, :, 0] = torch.arange(frames, device=device)[:, None]
+        place[:, n_cond:, 1] = patch // cols * (grid / rows)
+        place[:, n_cond:, 2] = patch % cols * (grid / cols)
+        angle = (place.flatten(0, 1)[:, :, None] * frequency).flatten(1)                # [L, 3 * group]
+        angle = F.pad(angle, (0, head_dim - 3 * group))                                 # [L, head_dim]
+        sine = angle.sin()
+        sine[:, 0::2].neg_()                    # (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)
+        return angle.cos(), sine
+
+
+def rotate(x, table):
+    """x [B, H, L, head_dim] turned by `rope_table`, in float32; returns x's dtype."""
+    cosine, sine = table
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cosine + swapped * sine).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def causal_mask(frames, tokens_per_frame, device):
+    """[L, L] bool, True where a query may look: everything in its own time step and all earlier ones."""
+    with torch.inference_mode(False):
+        step = torch.arange(frames, device=device).repeat_interleave(tokens_per_frame)  # [L]
+        return step[:, None] >= step[None, :]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, table, mask=None):
+        """x [B, L, D] -> [B, L, D]; table from rope_table, mask from causal_mask (None: look anywhere)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, L, head_dim] each
+        x = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).flatten(2))                  # [B, L, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, n_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, n_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, table, mask=None):
+        x = x + self.attn(self.norm1(x), table, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+@torch.no_grad()
+def init_weights(module, depth):
+    """Random weights for training from nothing: normal(0, 0.02), the last layer of each residual branch
+    smaller with depth, biases 0, norms 1. Works on any device and dtype, in place."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            residual = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+            parameter.normal_(std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
