@@ -1,0 +1,168 @@
+"""Low-rank adapters (arXiv:2106.09685), by hand: inject, save, load, merge.
+
+    names = lora.inject(predictor, rank=16, alpha=32)   # freezes it and adapts 96 layers of ViT-g's predictor
+    lora.save("step_1000", predictor)                   # adapter_model.safetensors + adapter_config.json
+    lora.load(predictor, "step_1000")                   # injects where needed; reads PEFT's folders too
+
+A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen, A random and B zero at the start,
+so that training starts at the base model. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
+Adapters are float32 whatever the base is. The folder is PEFT's, so `PeftModel.from_pretrained` reads it.
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+
+from config import LoraConfig, write_file
+
+PREFIX = "base_model.model."        # PEFT puts it before every module name
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that shares the tensors of the one it replaces, so checkpoint names stay as they are."""
+
+    def __init__(self, base, rank, scale, dropout):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.dropout = scale, dropout
+        kind = dict(dtype=torch.float32, device=base.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+        self.train(base.training)
+
+    def forward(self, x):
+        low = F.dropout(x, self.dropout, self.training)
+        low = F.linear(low, self.lora_A.to(x.dtype))                            # [..., rank]
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
+
+
+def _adapted(module):
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _replace(module, name, layer):
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, layer)
+
+
+def inject(module, rank=16, alpha=32.0, dropout=0.0, targets=LoraConfig.targets, rslora=True):
+    """Freezes `module` and adapts, in place, every nn.Linear whose name is a target or ends in ".target".
+
+    Returns the names of the adapted layers. Raises ValueError if a target matches nothing."""
+    targets = tuple(targets)
+    linear = [name for name, m in module.named_modules() if type(m) is nn.Linear]
+    chosen = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
+    for target, names in chosen.items():
+        if not names:
+            endings = sorted({".".join(n.split(".")[-2:]) for n in linear})
+            adapted = " (already adapted?)" if _adapted(module) else ""
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer{adapted}; there are {', '.join(endings)}")
+    module.requires_grad_(False)
+    scale = alpha / rank ** (0.5 if rslora else 1)
+    names = [name for name in linear if any(name in found for found in chosen.values())]
+    for name in names:
+        _replace(module, name, LoRALinear(module.get_submodule(name), rank, scale, dropout))
+    module.lora_config = LoraConfig(rank, float(alpha), rslora, dropout, targets)
+    return names
+
+
+def adapter_state(module):
+    """{PEFT's name: tensor} of all adapters, on their device, not copied."""
+    return {f"{PREFIX}{name}.lora_{which}.weight": getattr(layer, f"lora_{which}").detach()
+            for name, layer in _adapted(module).items() for which in "AB"}
+
+
+def save(folder, module, base=""):
+    """Writes the adapters of `module` as a PEFT folder.
+
+    base: path or name of the base model, for the reader. The base's fingerprint goes into the
+    safetensors header, where `load` checks it. Raises OSError if the disk is full."""
+    lora, folder = module.lora_config, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    peft = dict(peft_type="LORA", task_type=None, inference_mode=True, base_model_name_or_path=base,
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
+                target_modules=list(lora.targets), bias="none", fan_in_fan_out=False)
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(module).items()}
+    header = {"format": "pt", "base_fingerprint": getattr(module, "base_fingerprint", "")}
+    write_file(folder / "adapter_model.safetensors", to_safetensors(state, header))
+    write_file(folder / "adapter_config.json", json.dumps(peft, indent=2).encode())
+
+
+def load(module, folder):
+    """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if there are none yet.
+
+    Raises ValueError, before anything is changed, if the folder is incomplete, uses what plain LoRA has
+    not, was trained on another base, or has other layers or another rank than those already there."""
+    folder = Path(folder)
+    try:
+        peft = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            base = (file.metadata() or {}).get("base_fingerprint", "")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not an adapter folder: adapter_config.json and "
+                         "adapter_model.safetensors must be in it") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the adapter is cut short or damaged ({error}); copy it again") from None
+    extras = [key for key in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
+                              "fan_in_fan_out") if peft.get(key)]
+    if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or extras:
+        raise ValueError(f"{folder}: only plain LoRA is read, this adapter is {peft.get('peft_type')} with "
+                         f"{', '.join(extras) or 'trained biases'}")
+    ours = getattr(module, "base_fingerprint", "")
+    if base and ours and base != ours:
+        raise ValueError(f"{folder}: trained on another base model (fingerprint {base}, this one is {ours}); "
+                         "give the checkpoint that it was trained on")
+    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    layers = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in state})
+    there = _adapted(module)
+    expected = {}
+    for name in there or layers:
+        if name not in linear:
+            raise ValueError(f"{folder}: adapts {name}, which this model does not have")
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (peft["r"], linear[name].in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (linear[name].out_features, peft["r"])
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if there and peft["r"] != module.lora_config.rank:
+        raise ValueError(f"{folder}: the adapter has rank {peft['r']} and the model's has "
+                         f"{module.lora_config.rank}; set --lora.rank={peft['r']}")
+    if not state or found != expected:
+        wrong = sorted(name for name, _ in found.items() ^ expected.items())
+        raise ValueError(f"{folder}: the adapter does not fit the model's layers: "
+                         f"{len(wrong)} names or shapes differ ({', '.join(wrong[:2])}, …)")
+    if not there:
+        inject(module, peft["r"], peft["lora_alpha"], peft.get("lora_dropout", 0.0), layers,
+               peft.get("use_rslora", False))
+    for name, layer in _adapted(module).items():
+        layer.lora_A.data.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
+        layer.lora_B.data.copy_(state[f"{PREFIX}{name}.lora_B.weight"])
+
+
+@torch.no_grad()
+def merge(module):
+    """Replaces every adapted layer by a plain nn.Linear with W + s · B A, computed in float32.
+
+    Returns {name: adapted layer} for `unmerge`; drop it to free the memory. Raises ValueError unless the base
+    is float32: rounding the sum to bf16 would lose a good part of a small update."""
+    layers = _adapted(module)
+    for name, layer in layers.items():
+        if layer.weight.dtype != torch.float32:
+            raise ValueError(f"merge needs float32 base weights, {name} has {layer.weight.dtype}; "
+                             "load the base with dtype=torch.float32")
+    for name, layer in layers.items():
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(layer.weight + layer.scale * layer.lora_B @ layer.lora_A, False)
+        plain.bias = layer.bias
+        _replace(module, name, plain.train(layer.training))
+    return layers
+
+
+def unmerge(module, layers):
+    """Puts the layers that `merge` returned back: exactly the model from before."""
+    for name, layer in layers.items():
+        _replace(module, name, layer)
