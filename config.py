@@ -7,6 +7,7 @@ and the cure. `""` and `0` mean off. config.yaml says what each key means and in
 """
 import difflib
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -120,14 +121,14 @@ def load(args):
             raise ValueError(f"{path}: no such config file (a key is set with --key=value)")
         _update(cfg, _parse(Path(path).read_text(), path) or {}, path)
     overrides = [_override(arg) for arg in overrides]
-    for keys, value in overrides:
-        if keys == ["debug"] and value is True:
-            _update(cfg, DEBUG, "--debug")
-            cfg.out_dir += f"/debug-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (["debug"], True) in overrides:
+        _update(cfg, DEBUG, "--debug")
     for keys, value in overrides:
         for part in reversed(keys):
             value = {part: value}
         _update(cfg, value, "command line")
+    if cfg.debug:
+        cfg.out_dir += f"/debug-{time.strftime('%Y%m%d-%H%M%S')}"
     validate(cfg)
     return cfg
 
@@ -147,7 +148,7 @@ def _parse(text, where):
 
 def _update(cfg, values, where, section=""):
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected `key: value` lines, got {values!r}")
+        raise ValueError(f"{where}: {section or 'it '}expects `key: value` lines, got {values!r}")
     known = [f.name for f in fields(cfg)]
     for key, new in values.items():
         name = f"{section}{key}"
@@ -197,6 +198,8 @@ def validate(cfg):
     for name, least in AT_LEAST.items():
         if not get(name) >= least:
             raise ValueError(f"{name} is {get(name)}; it must be at least {least}")
+    if not re.fullmatch(r"|cpu|cuda(:\d+)?", cfg.device):
+        raise ValueError(f"device is {cfg.device!r}; write --device=cpu, --device=cuda or --device=cuda:1")
     if cfg.rollout >= cfg.data.clip_frames:
         raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and data.clip_frames is "
                          f"{cfg.data.clip_frames}; set --rollout={cfg.data.clip_frames - 1} or less")

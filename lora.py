@@ -128,9 +128,10 @@ def load(module, folder):
         expected[f"{PREFIX}{name}.lora_A.weight"] = (peft["r"], linear[name].in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (linear[name].out_features, peft["r"])
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if there and peft["r"] != module.lora_config.rank:
-        raise ValueError(f"{folder}: the adapter has rank {peft['r']} and the model's has "
-                         f"{module.lora_config.rank}; set --lora.rank={peft['r']}")
+    trained = {"rank": peft["r"], "alpha": float(peft["lora_alpha"]), "rslora": peft.get("use_rslora", False)}
+    for key, value in trained.items() if there else ():
+        if value != getattr(module.lora_config, key):
+            raise ValueError(f"{folder}: was trained with another LoRA {key}; set --lora.{key}={str(value).lower()}")
     if not state or found != expected:
         wrong = sorted(name for name, _ in found.items() ^ expected.items())
         raise ValueError(f"{folder}: the adapter does not fit the model's layers: "

@@ -60,9 +60,10 @@ def train(cfg):
     ddp = "RANK" in os.environ
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device is cuda and PyTorch sees no GPU; use --device=cpu or install a CUDA build")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device is {device} and PyTorch sees {torch.cuda.device_count()} GPUs; use --device=cpu, "
+                             "fewer processes, or a CUDA build of PyTorch")
         torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -144,7 +145,7 @@ def train(cfg):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            done, leaving = step + 1, stop.on_any_rank(device)
+            done = step + 1
             if done % cfg.log_every == 0 or done == cfg.max_steps:
                 totals = {key: _sum_over_ranks(value) / ranks for key, value in totals.items()}
                 memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
@@ -152,6 +153,7 @@ def train(cfg):
                             ms=1e3 * (time.monotonic() - started), ms_data=1e3 * waited, **memory)
             if cfg.val_every and (done % cfg.val_every == 0 or done == cfg.max_steps):
                 metrics.log(done, **evaluate(world, val_batches, cfg, autocast, device))
+            leaving = stop.on_any_rank(device)
             if done % cfg.save_every == 0 or done in cfg.milestones or done == cfg.max_steps or leaving:
                 _save_state(out / f"step_{done}", cfg, rank, ranks, predictor, optimizer, scaler, loader)
                 metrics.say(f"saved {out}/step_{done}; {loader.report()}")
@@ -280,7 +282,7 @@ class Metrics:
     """metrics.jsonl, the terminal, and TensorBoard and W&B where asked for; silent on ranks other than 0."""
 
     def __init__(self, cfg, out, start, rank):
-        self.main, self.total, self.writers = rank == 0, cfg.max_steps, []
+        self.main, self.total, self.board, self.wandb = rank == 0, cfg.max_steps, None, None
         self.path = out / "metrics.jsonl"
         self.bar = tqdm(initial=start, total=cfg.max_steps, unit="step", smoothing=0.05,
                         disable=True if rank else None)         # None: hidden without a terminal
@@ -294,12 +296,10 @@ class Metrics:
         config.write_file(self.path, "".join(line + "\n" for line in kept).encode())
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out / "tensorboard", purge_step=start)
-            self.writers.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start)
         if cfg.wandb:
             import wandb
-            wandb.init(project=cfg.wandb, name=out.name, config=asdict(cfg), resume="allow")
-            self.writers.append(lambda step, values: wandb.log(values, step=step))
+            self.wandb = wandb.init(project=cfg.wandb, name=out.name, resume="allow", config=asdict(cfg))
 
     def say(self, text):
         if self.main:
@@ -315,11 +315,17 @@ class Metrics:
         width = len(str(self.total))
         self.say(f"step {step:>{width}}/{self.total}  "
                  + "  ".join(f"{key} {_short(value):>8}" for key, value in values.items()))
-        for write in self.writers:
-            write(step, values)
+        for key, value in values.items() if self.board else ():
+            self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
 
     def close(self):
         self.bar.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def _short(value):
