@@ -96,7 +96,7 @@ MISTAKES = [
     ("--model.size=vith --model.checkpoint=random", "model.size", "choose from vitg, tiny"),
     ("--model.size={depth: 2} --model.checkpoint=random", "model.size", "missing ['encoder_depth'"),
     ("--model.checkpoint=absent.pt", "absent.pt", "wget https://"),
-    ("--device=cuda", "device", "--device=cpu"),
+    ("--device=cuda:99", "device", "--device=cpu"),
     ("--device=gpu", "device", "--device=cpu"),
 ]
 
