@@ -299,7 +299,7 @@ class Metrics:
             self.board = SummaryWriter(out / "tensorboard", purge_step=start)
         if cfg.wandb:
             import wandb
-            self.wandb = wandb.init(project=cfg.wandb, name=out.name, resume="allow", config=asdict(cfg))
+            self.wandb = wandb.init(project=cfg.wandb, name=out.name, dir=out, resume="auto", config=asdict(cfg))
 
     def say(self, text):
         if self.main:

@@ -96,6 +96,7 @@ def test_six_steps_equal_three_a_signal_and_three(base, tmp_path, monkeypatch, a
     states = [torch.load(tmp_path / run / "step_6/state.pt", weights_only=True) for run in ("whole", "parts")]
     assert states[0]["ranks"][0]["data"] == states[1]["ranks"][0]["data"]
     assert torch.equal(states[0]["ranks"][0]["rng"], states[1]["ranks"][0]["rng"])
+    assert states[0]["scaler"] == states[1]["scaler"]
     for a, b in zip(*(list(state["optimizer"]["state"].values()) for state in states)):
         assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
 
