@@ -151,11 +151,11 @@ class Clips:
     def report(self):
         """One line: how many episodes were read, and what became of them."""
         counts = Counter(self.verdicts.values())
-        return f"{len(self.verdicts)} episodes: " + ", ".join(f"{n} {what}" for what, n in counts.most_common())
+        return f"{len(self.verdicts)} episodes of this split" + (": " if counts else "") + ", ".join(f"{n} {what}" for what, n in counts.most_common())
 
     def skip(self, episode, why):
         """Names and counts a damaged episode. Raises ValueError when there are too many."""
-        if episode in self.verdicts:
+        if self.verdicts.get(episode) == "damaged":
             return
         self.verdicts[episode] = "damaged"
         tqdm.write(f"left out: {episode}: {why}", file=sys.stderr)
@@ -250,12 +250,15 @@ class NpzClips(Clips):
                 return
 
     def __iter__(self):
-        taken, batch = self.state["clips"] if self.shuffle else 0, []
+        taken, batch, lost = self.state["clips"] if self.shuffle else 0, [], 0
         for episode, k in islice(self.order(taken), self.rank, None, self.world):
             taken += self.world
             clip = self._clip(*self.episodes[episode], k)
+            lost = lost + 1 if clip is None else 0
             if clip is not None:
                 batch.append(clip)
+            elif lost > sum(len(starts) for _, starts, _, _ in self.episodes):      # a whole epoch
+                raise self.nothing()
             if len(batch) == self.batch_size:
                 self.state = {"clips": taken}
                 yield {key: torch.stack([clip[key] for clip in batch]) for key in batch[0]}
@@ -267,7 +270,6 @@ class NpzClips(Clips):
         try:
             frames = self.frames(file)
         except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            self.verdicts.pop(Path(file).name, None)
             self.skip(Path(file).name, error)
             return None
         first = starts[k] // self.data.frame_step

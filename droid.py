@@ -12,7 +12,6 @@ A damaged episode is named, counted and left out; more than data.max_bad_episode
 split is a hash of the episode's name. Each rank reads clips of its own. `state_dict` says where the order stands
 after the last batch handed out, and `load_state_dict` goes on from there: the same seed gives the same clips.
 """
-import fnmatch
 import glob
 import os
 from pathlib import Path
@@ -60,15 +59,16 @@ def tensorflow(anonymous=True):
 def _list_shards(cfg):
     """Files of a folder (its train shards) or of a pattern, sorted. Raises ValueError if there are none."""
     tf, path = tensorflow(anonymous=not cfg.gcs_dir), cfg.data.path
-    pattern = path if any(c in path for c in "*?[") else f"{path.rstrip('/')}/*-train.tfrecord-*"
     try:
+        folder = tf.io.gfile.isdir(path)
+        pattern = f"{path.rstrip('/')}/*-train.tfrecord-*" if folder else path
         files = sorted(tf.io.gfile.glob(pattern))
-        there = tf.io.gfile.listdir(path) if not files and tf.io.gfile.isdir(path) else []
+        there = sorted(tf.io.gfile.listdir(path))[:5] if folder and not files else []
     except tf.errors.OpError as error:
         raise ValueError(f"{path}: cannot be listed: {error.message.splitlines()[0]}") from None
     if not files:
         raise ValueError(f"{path}: no file matches {pattern} and no .npz is there; give --data.path=FOLDER or a pattern"
-                         + (f" (the folder holds {', '.join(sorted(there)[:5])})" if there else ""))
+                         + (f" (the folder holds {', '.join(there) or 'nothing'})" if folder else ""))
     return files
 
 
@@ -85,7 +85,7 @@ class RldsClips(Clips):
         by_shard = len(files) >= 8 * world
         self.files = files[rank::world] if by_shard else files
         self.own_record = (lambda number: True) if by_shard else (lambda number: number % world == rank)
-        self.image_key = self.data.keys.image.format(camera=self.data.camera)
+        self.image_key = self.data.keys.image.replace("{camera}", self.data.camera)
         self.rounds = -(-len(self.files) // FILES_PER_ROUND)
         self.offsets = {}           # shard: (bytes, records) read in this visit
         self.failure = None         # a ValueError raised inside tf.data, which would hide it
@@ -272,24 +272,28 @@ class RldsClips(Clips):
     def _check_keys(self):
         """Compares the keys in the settings with the first readable record, so that a slip of the pen ends here
         and not in episodes without poses. Raises ValueError with the names that there are."""
-        tf, keys = self.tf, self.data.keys
+        from google.protobuf.message import DecodeError         # comes with TensorFlow
+        tf, keys, file = self.tf, self.data.keys, self.files[0]
+        record = next(tf.data.TFRecordDataset(self.files[:8]).ignore_errors().take(1).as_numpy_iterator(), None)
+        if record is None:
+            raise ValueError(f"{file}: no whole record in the first shards; are they TFRecords? fetch them again")
         try:
-            records = tf.data.TFRecordDataset(self.files).ignore_errors().take(1)
-            record = next(records.as_numpy_iterator(), None)
-            example = record and tf.train.Example.FromString(record)
-        except Exception as error:      # protobuf's DecodeError has no public name
-            if type(error).__name__ != "DecodeError":
-                raise
-            raise ValueError(f"{self.files[0]}: its records are not tf.train.Example; is it an RLDS data set?") from None
-        if not example:
-            raise ValueError(f"{self.files[0]}: no whole record in the first shards; fetch them again")
-        kinds = {name: feature.WhichOneof("kind") for name, feature in example.features.feature.items()}
-        cameras = sorted(name for name, kind in kinds.items() if kind == "bytes_list"
-                         and fnmatch.fnmatch(name, keys.image.format(camera="*image*")))
-        if kinds.get(self.image_key) != "bytes_list":
-            names = [name.removeprefix(keys.image.partition("{camera}")[0]) for name in cameras]
-            raise ValueError(f"data.camera: {self.files[0]} has no images {self.image_key}; "
-                             f"--data.camera can be {', '.join(names) or 'none of ' + ', '.join(kinds)}")
+            features = tf.train.Example.FromString(record).features.feature
+        except DecodeError:
+            features = {}
+        if not features:
+            raise ValueError(f"{file}: its records are not tf.train.Example; is it an RLDS data set?")
+        kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
+        images = sorted(name for name, feature in features.items()
+                        if feature.bytes_list.value and feature.bytes_list.value[0][:2] in (b"\xff\xd8", b"\x89P"))
+        if self.image_key not in images:
+            before, _, behind = keys.image.partition("{camera}")
+            cameras = [name.removeprefix(before).removesuffix(behind) for name in images
+                       if name.startswith(before) and name.endswith(behind)]
+            raise ValueError(f"data.camera: {file} has no images {self.image_key}; --data.camera can be "
+                             f"{', '.join(cameras)}" if cameras else
+                             f"data.keys.image: {file} has no images {self.image_key}; it has "
+                             f"{', '.join(images) or 'none at all'}")
         wanted = {"pose": "float_list", "gripper": "float_list", "episode": "bytes_list"}
         if self.data.drop_idle:
             wanted["joint_velocity"] = "float_list"
@@ -297,5 +301,5 @@ class RldsClips(Clips):
             name = getattr(keys, key)
             if name and kinds.get(name) != kind:
                 others = sorted(n for n, k in kinds.items() if k == kind)
-                raise ValueError(f"data.keys.{key}: {self.files[0]} has no {name} with {kind.removesuffix('_list')} "
+                raise ValueError(f"data.keys.{key}: {file} has no {name} with {kind.removesuffix('_list')} "
                                  f"values; it has {', '.join(others)}")
