@@ -12,20 +12,25 @@ A damaged episode is named, counted and left out; more than data.max_bad_episode
 split is a hash of the episode's name. Each rank reads clips of its own. `state_dict` says where the order stands
 after the last batch handed out, and `load_state_dict` goes on from there: the same seed gives the same clips.
 """
+import atexit
 import glob
 import os
+import queue
+import threading
+from contextlib import suppress
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 
-from clips import (Clips, NpzClips, apply_action, crop_window, in_split, moving_stretches,  # noqa: F401
+from clips import (Clips, NpzClips, apply_action, clip_span, crop_frames, in_split, moving_stretches,  # noqa: F401
                    pose_deltas)
 
 FILES_PER_ROUND = 16        # shards that are shuffled together; resuming re-reads one round at most
-INTERLEAVE = 4              # shards read side by side
-RECORD_HEADER, RECORD_FOOTER = 12, 4    # bytes around each record: length and its checksum, data's checksum
+RECORD_FRAME = 12 + 4       # bytes around each record: length and its checksum before, the data's checksum behind
 
 
 def create_dataloader(cfg, split="train", shuffle=True):
@@ -73,201 +78,158 @@ def _list_shards(cfg):
 
 
 class RldsClips(Clips):
-    """Clips of TFRecord episodes through tf.data, in one process.
+    """Clips of TFRecord episodes. tf.data reads the records, TensorFlow parses and decodes them, in a thread of its own.
 
     Shards are visited in rounds of FILES_PER_ROUND, in an order that the seed and the epoch decide. An episode gives
-    all its clips in one visit, and JPEG bytes are shuffled, not images. With 8 shards or more per rank each rank
-    reads its own shards, otherwise its own records."""
+    all its clips in one visit, and a buffer of JPEG bytes is shuffled, not of images. With 8 shards or more per rank
+    each rank reads its own shards, otherwise its own records."""
 
     def __init__(self, files, cfg, split, shuffle, rank, world):
         super().__init__(cfg, split, shuffle, rank, world)
         self.tf = tensorflow(anonymous=not cfg.gcs_dir)
         by_shard = len(files) >= 8 * world
         self.files = files[rank::world] if by_shard else files
-        self.own_record = (lambda number: True) if by_shard else (lambda number: number % world == rank)
+        self.part, self.parts = (0, 1) if by_shard else (rank, world)       # of the records
         self.image_key = self.data.keys.image.replace("{camera}", self.data.camera)
         self.rounds = -(-len(self.files) // FILES_PER_ROUND)
-        self.offsets = {}           # shard: (bytes, records) read in this visit
-        self.failure = None         # a ValueError raised inside tf.data, which would hide it
-        self.state = {"round": 0, "index": 0}
+        self.state = {"round": 0, "index": 0}                               # the next clip's place in the order
+        self.decode = self.tf.function(self._decode, autograph=False, input_signature=[
+            self.tf.TensorSpec([self.data.clip_frames], self.tf.string)])
         self._check_keys()
-
-    # What runs in Python, once per round, record or episode, called from tf.data
-
-    def _files_of_round(self, number):
-        """The shards of round `number`, counted over all epochs: bytes [n]."""
-        if number - self.first_round >= self.rounds and "used" not in self.verdicts.values():
-            self._fail(self.nothing())
-        epoch, part = divmod(int(number), self.rounds)
-        files = np.array([file.encode() for file in self.files], object)
-        if self.shuffle:
-            files = np.random.default_rng([self.seed, epoch]).permutation(files)
-        return files[part * FILES_PER_ROUND:(part + 1) * FILES_PER_ROUND]
-
-    def _next_offset(self, shard, attempt):
-        """Byte from which to read a shard: 0, then behind each damaged record; -1 at its end."""
-        tf, path = self.tf, shard.decode()
-        if attempt == 0:
-            self.offsets[shard] = (0, 0)
-            return np.int64(0)
-        at, number = self.offsets[shard]
-        size = tf.io.gfile.stat(path).length
-        if 0 < size == at:
-            return np.int64(-1)
-        with tf.io.gfile.GFile(path, "rb") as file:
-            file.seek(at)
-            length = int.from_bytes(file.read(8), "little")
-        after = at + RECORD_HEADER + length + RECORD_FOOTER
-        whole = after <= size
-        self._try(self.skip, f"{path} record {number}", "its checksum is wrong; it was altered on the way" if whole
-                  else f"the file ends or breaks at byte {at} of {size}; fetch it again")
-        self.offsets[shard] = (after, number + 1)
-        return np.int64(after if whole and after < size else -1)
-
-    def _count(self, shard, length):
-        at, number = self.offsets[shard]
-        self.offsets[shard] = (at + RECORD_HEADER + int(length) + RECORD_FOOTER, number + 1)
-        return np.int64(number)
-
-    def _prepare(self, shard, number, name, whole, pose, gripper, joint_velocity):
-        """One parsed episode -> starts [K], states [K, T, 7], actions [K, T, 7]; K = 0 if it is left out."""
-        nothing = np.zeros(0, np.int64), *[np.zeros((0, self.data.clip_frames, 7), np.float32)] * 2
-        record = f"{shard.decode()} record {number}"
-        name = name.decode() or f"{Path(shard.decode()).name}:{number}"
-        if not in_split(name, self.split, self.data) or not self.own_record(self.files.index(shard.decode()) + number):
-            return nothing
-        if self.data.keys.episode and self.data.only_success and "/success/" not in name:
-            self.verdicts[name] = "without /success/"
-            return nothing
-        n, data = len(whole), self.data
-        try:
-            if not n or not whole.all():
-                raise ValueError(f"image {int(np.argmin(whole))} of {n} is not a whole JPEG or PNG" if n else "no images")
-            poses = self._per_step(pose, n, data.keys.pose)
-            if data.keys.gripper:
-                poses = np.concatenate([poses, self._per_step(gripper, n, data.keys.gripper)], axis=1)
-            if poses.shape[1] != 7:
-                raise ValueError(f"{poses.shape[1]} numbers in a pose, expected 7 with the gripper")
-            stretches = [(0, n)]
-            if data.drop_idle:
-                stretches = moving_stretches(self._per_step(joint_velocity, n, data.keys.joint_velocity)) or [(0, 0)]
-            return self.clips_of(name, poses.astype(np.float64), stretches)
-        except ValueError as error:
-            self._try(self.skip, f"{record} ({name})", error)
-            return nothing
-
-    @staticmethod
-    def _per_step(values, n, key):
-        if not len(values) or len(values) % n:
-            raise ValueError(f"{n} images and {len(values)} numbers in {key}, expected the same for each step")
-        return values.reshape(n, -1)
-
-    def _try(self, function, *args):
-        try:
-            function(*args)
-        except ValueError as error:
-            self._fail(error)
-
-    def _fail(self, error):
-        self.failure = error
-        raise error
-
-    # The pipeline
-
-    def _records(self, shard):
-        """A dataset of (record number, bytes) that reads on behind damaged records."""
-        tf = self.tf
-
-        def whole_records(offset):
-            records = tf.raw_ops.TFRecordDatasetV2(     # the Python class does not take byte_offsets
-                filenames=[shard], compression_type="", buffer_size=8 << 20, byte_offsets=[offset])
-            records = tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
-            return records.ignore_errors().map(         # _next_offset says what was lost
-                lambda record: (self._call(self._count, [shard, tf.strings.length(record)], tf.int64, []), record))
-
-        attempts = tf.data.Dataset.counter()
-        offsets = attempts.map(lambda i: self._call(self._next_offset, [shard, i], tf.int64, []))
-        return offsets.take_while(lambda offset: offset >= 0).flat_map(whole_records)
-
-    def _call(self, function, args, dtypes, *shapes):
-        out = self.tf.numpy_function(function, args, dtypes)
-        for tensor, shape in zip(out if isinstance(out, list) else [out], shapes):
-            tensor.set_shape(shape)
-        return out
-
-    def _clips(self, shard, number, record):
-        """A dataset of the episode's clips: JPEG bytes [T], states [T, 7], actions [T, 7]."""
-        tf, keys, T = self.tf, self.data.keys, self.data.clip_frames
-        values = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
-        features = {self.image_key: tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
-                    keys.pose: values}
-        if keys.episode:
-            features[keys.episode] = tf.io.FixedLenFeature([], tf.string, "")
-        if keys.gripper:
-            features[keys.gripper] = values
-        if self.data.drop_idle:
-            features[keys.joint_velocity] = values
-        episode = tf.io.parse_single_example(record, features)
-        images = episode[self.image_key]                                                # [n]
-        begin, end = tf.strings.substr(images, 0, 2), tf.strings.substr(images, -2, 2)
-        whole = (begin == b"\xff\xd8") & (end == b"\xff\xd9") | (begin == b"\x89P")      # [n] bool
-        starts, states, actions = self._call(
-            self._prepare,
-            [shard, number, episode.get(keys.episode, ""), whole, episode[keys.pose], episode.get(keys.gripper, [0.0]),
-             episode.get(keys.joint_velocity, [0.0])],
-            [tf.int64, tf.float32, tf.float32], [None], [None, T, 7], [None, T, 7])
-        frames = starts[:, None] + tf.range(T, dtype=tf.int64) * self.data.frame_step   # [K, T]
-        clips = {"frames": tf.gather(images, frames), "states": states, "actions": actions}
-        return tf.data.Dataset.from_tensor_slices(clips)
-
-    def _decode(self, clip):
-        tf = self.tf
-        images = [tf.io.decode_jpeg(clip["frames"][t], channels=3, dct_method="INTEGER_ACCURATE")   # reads PNG too
-                  for t in range(self.data.clip_frames)]
-        frames = tf.stack(images)                                                       # [T, H, W, 3]
-        shape = tf.shape(frames, tf.int64)
-        window = self._call(lambda h, w: np.int64(crop_window(int(h), int(w), self.data.crop, self.size)),
-                            [shape[1], shape[2]], tf.int64, [8])
-        top, left, h, w, new_h, new_w, y, x = tf.unstack(window)
-        frames = frames[:, top:top + h, left:left + w]
-        frames = tf.image.resize(frames, tf.cast([new_h, new_w], tf.int32))
-        frames = frames[:, y:y + self.size, x:x + self.size]
-        return clip | {"frames": tf.cast(tf.clip_by_value(tf.round(frames), 0, 255), tf.uint8)}
-
-    def _dataset(self):
-        tf = self.tf
-        self.first_round, skipped = self.state["round"], self.state["index"]
-
-        def one_round(number):
-            shards = tf.data.Dataset.from_tensor_slices(self._call(self._files_of_round, [number], tf.string, [None]))
-            clips = shards.interleave(
-                lambda shard: self._records(shard).flat_map(lambda n, record: self._clips(shard, n, record)),
-                cycle_length=INTERLEAVE if self.shuffle else 1, num_parallel_calls=INTERLEAVE if self.shuffle else 1)
-            if self.shuffle:
-                clips = clips.shuffle(self.data.shuffle_buffer, seed=self.seed * 1_000_003 + number,
-                                      reshuffle_each_iteration=False)
-            clips = clips.enumerate().skip(
-                tf.where(number == self.first_round, tf.constant(skipped, tf.int64), 0))
-            return clips.map(lambda index, clip: clip | {"round": number, "index": index})
-
-        last = np.iinfo(np.int64).max if self.shuffle else self.rounds
-        dataset = tf.data.Dataset.range(self.first_round, last).flat_map(one_round)
-        dataset = dataset.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE).batch(self.batch_size).prefetch(4)
-        options = tf.data.Options()
-        options.deterministic = True
-        options.threading.private_threadpool_size = max(2, (os.cpu_count() or 2) // self.world)
-        return dataset.with_options(options)
 
     def __iter__(self):
         if not self.shuffle:
             self.state = {"round": 0, "index": 0}
+        for batch, state in _ahead(self._batches(), n=4):
+            self.state, batch = state, default_collate(batch)
+            yield batch | {"frames": batch["frames"].permute(0, 4, 1, 2, 3)}            # [B, 3, T, S, S]
+
+    def _batches(self):
+        """([clip], the state after them)"""
+        batch = []
+        for (number, index), clip in self._order(**self.state):
+            try:
+                frames = self.decode(clip["frames"]).numpy()                # [T, H, W, 3] uint8
+            except self.tf.errors.InvalidArgumentError:
+                self.skip(clip["record"], f"an image cannot be decoded, its clips are left out ({clip['name']})")
+                continue
+            frames = crop_frames(frames, self.data.crop, self.size)         # [T, S, S, 3]
+            batch.append({"frames": frames, "states": clip["states"], "actions": clip["actions"]})
+            if len(batch) == self.batch_size:
+                yield batch, {"round": number, "index": index + 1}
+                batch = []
+        if batch:
+            yield batch, {"round": number, "index": index + 1}
+
+    def _order(self, round, index):
+        """((round, index), clip) from there on: endless if shuffled, else one pass."""
+        for number in count(round) if self.shuffle else range(round, self.rounds):
+            if number >= round + self.rounds and "used" not in self.verdicts.values():
+                raise self.nothing()
+            skipped = index if number == round else 0
+            for i, clip in enumerate(islice(self._round(number), skipped, None), skipped):
+                yield (number, i), clip
+
+    def _round(self, number):
+        """The clips of round `number`, counted over all epochs, in their order."""
+        epoch, part = divmod(number, self.rounds)
+        files = self.files
+        if self.shuffle:
+            files = np.random.default_rng([self.seed, epoch]).permutation(files).tolist()
+        files = files[part * FILES_PER_ROUND:(part + 1) * FILES_PER_ROUND]
+        clips = (clip for file in files for number, record in self._records(file)
+                 for clip in self._clips(file, number, record))
+        if not self.shuffle:
+            yield from clips
+            return
+        rng, buffer = np.random.default_rng([self.seed, number, 1]), []
+        for clip in clips:
+            if len(buffer) < self.data.shuffle_buffer:
+                buffer.append(clip)
+                continue
+            i = rng.integers(len(buffer))
+            clip, buffer[i] = buffer[i], clip
+            yield clip
+        rng.shuffle(buffer)
+        yield from buffer
+
+    def _records(self, file):
+        """(number, string tensor) of the whole records of a shard; reads on behind a damaged one, which is named."""
+        tf, offset, number = self.tf, 0, 0
+
+        def read_from(file, offset):
+            records = tf.raw_ops.TFRecordDatasetV2(         # the Python class does not take byte_offsets
+                filenames=[file], compression_type="", buffer_size=8 << 20, byte_offsets=[offset])
+            return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+        size = tf.io.gfile.stat(file).length
+        while offset < size or size == 0:
+            dataset = tf.data.Dataset.from_tensors((file, np.int64(offset))).flat_map(read_from)
+            try:
+                for record in dataset.prefetch(1):
+                    yield number, record
+                    length = int(tf.strings.length(record))
+                    offset, number = offset + RECORD_FRAME + length, number + 1
+                if offset == size > 0:
+                    return
+            except tf.errors.DataLossError:
+                pass                                        # told below
+            with tf.io.gfile.GFile(file, "rb") as stream:
+                stream.seek(offset)
+                length = int.from_bytes(stream.read(8), "little")
+            after = offset + RECORD_FRAME + length
+            whole = length > 0 and after <= size
+            self.skip(f"{file} record {number}", "its checksum is wrong: it was altered on the way; fetch it again" if whole
+                      else f"the file ends or breaks at byte {offset} of {size}: the rest is lost; fetch it again")
+            if not whole:
+                return
+            offset, number = after, number + 1
+
+    def _clips(self, file, number, record):
+        """The clips of one record: JPEG bytes [T], states [T, 7], actions [T, 7]; none if it is left out."""
+        tf, data, keys = self.tf, self.data, self.data.keys
+        if (self.files.index(file) + number) % self.parts != self.part:
+            return
+        velocity = keys.joint_velocity if data.drop_idle else ""
+        numbers = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
+        features = {key: numbers for key in (keys.pose, keys.gripper, velocity) if key}
+        features[self.image_key] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
+        if keys.episode:
+            features[keys.episode] = tf.io.FixedLenFeature([], tf.string, "")
+        place, name = f"{file} record {number}", f"{Path(file).name}:{number}"
         try:
-            for batch in self._dataset().as_numpy_iterator():
-                self.state = {"round": int(batch.pop("round")[-1]), "index": int(batch.pop("index")[-1]) + 1}
-                batch = {key: torch.from_numpy(array.copy()) for key, array in batch.items()}
-                yield batch | {"frames": batch["frames"].permute(0, 4, 1, 2, 3)}        # [B, 3, T, S, S]
-        except self.tf.errors.OpError as error:
-            raise self.failure or ValueError(f"{self.data.path}: {error.message.splitlines()[0]}") from None
+            episode = {key: value.numpy() for key, value in tf.io.parse_single_example(record, features).items()}
+            if keys.episode:
+                name = episode[keys.episode].decode()
+            if not in_split(name, self.split, data):
+                return
+            if keys.episode and data.only_success and "/success/" not in name:
+                self.verdicts[place] = "without /success/"
+                return
+            images = episode[self.image_key]                                                # [n] bytes
+            poses = _per_step(episode, keys.pose, len(images))
+            if keys.gripper:
+                poses = np.concatenate([poses, _per_step(episode, keys.gripper, len(images))], axis=1)
+            stretches = [(0, len(images))]
+            if data.drop_idle:
+                stretches = moving_stretches(_per_step(episode, velocity, len(images)))
+            starts, states, actions = self.clips_of(place, poses.astype(np.float64), stretches)
+        except tf.errors.InvalidArgumentError:
+            self.skip(place, "not a tf.train.Example with the types that data.keys expects")
+            return
+        except ValueError as error:
+            self.skip(place, f"{error} ({name})")
+            return
+        for k, start in enumerate(starts):
+            frames = images[start:start + clip_span(data):data.frame_step]
+            yield {"frames": frames.tolist(), "states": states[k], "actions": actions[k],
+                   "record": place, "name": name}
+
+    def _decode(self, images):
+        """JPEG or PNG bytes [T] -> uint8 [T, H, W, 3]; raises InvalidArgumentError for a broken image."""
+        tf = self.tf
+        return tf.stack([tf.io.decode_jpeg(images[t], channels=3, dct_method="INTEGER_ACCURATE")    # reads PNG too
+                         for t in range(self.data.clip_frames)])
 
     def _check_keys(self):
         """Compares the keys in the settings with the first readable record, so that a slip of the pen ends here
@@ -303,3 +265,50 @@ class RldsClips(Clips):
                 others = sorted(n for n, k in kinds.items() if k == kind)
                 raise ValueError(f"data.keys.{key}: {file} has no {name} with {kind.removesuffix('_list')} "
                                  f"values; it has {', '.join(others)}")
+
+
+def _per_step(episode, key, n):
+    """The numbers of a key as [n, A]."""
+    values = episode[key]
+    if not n or not len(values) or len(values) % n:
+        raise ValueError(f"{n} images and {len(values)} numbers in {key}, expected the same number for each step")
+    return values.reshape(n, -1)
+
+
+def _ahead(items, n):
+    """The items of a generator that runs in a thread, up to `n` of them ahead; what it raises is raised here."""
+    ready, stop = queue.Queue(n), threading.Event()
+
+    def put(value):
+        while not stop.is_set():
+            with suppress(queue.Full):
+                return ready.put(value, timeout=0.1)
+
+    def run():
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except Exception as error:                      # handed over, not swallowed
+            put((None, error))
+
+    def end():
+        stop.set()
+        thread.join()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    atexit.register(end)                                # TensorFlow aborts if it is still at work when Python ends
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield item
+    finally:
+        atexit.unregister(end)
+        end()

@@ -1,8 +1,10 @@
-"""A gs:// folder that mirrors a run folder, through TensorFlow's file system: no gsutil needed.
+"""A gs:// folder to which a run folder is copied, through TensorFlow's file system: no gsutil needed.
 
 Writing needs credentials: in Colab `google.colab.auth.authenticate_user()`, elsewhere
 GOOGLE_APPLICATION_CREDENTIALS or a machine on Google Cloud.
 """
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +20,8 @@ def _files(folder):
 
 
 def upload(folder, url):
-    """Copies what is new in the run folder to gs://. A failure is told, not raised: training goes on and the next
-    upload takes up what is missing."""
+    """Copies what is new in the run folder to gs:// and removes nothing there. A failure is told, not raised:
+    training goes on and the next upload takes up what is missing."""
     tf, folder = tensorflow(anonymous=False), Path(folder)
     try:
         for path in _files(folder):
@@ -37,7 +39,8 @@ def fetch_newest(url, folder):
     Raises ValueError if the bucket cannot be read."""
     tf, folder, url = tensorflow(anonymous=False), Path(folder), url.rstrip("/")
     try:
-        steps = {int(path.split("/")[-2].removeprefix("step_")) for path in tf.io.gfile.glob(f"{url}/step_*/state.pt")}
+        found = (re.search(r"/step_(\d+)/state\.pt$", path) for path in tf.io.gfile.glob(f"{url}/step_*/state.pt"))
+        steps = [int(match[1]) for match in found if match]
         if not steps:
             return False
         newest = f"step_{max(steps)}"
@@ -45,6 +48,7 @@ def fetch_newest(url, folder):
         partial.mkdir(parents=True, exist_ok=True)
         for path in tf.io.gfile.glob(f"{url}/{newest}/*"):
             tf.io.gfile.copy(path, str(partial / path.split("/")[-1]), overwrite=True)
+        shutil.rmtree(folder / newest, ignore_errors=True)      # incomplete, or it would not be fetched
         partial.rename(folder / newest)
         if tf.io.gfile.exists(f"{url}/metrics.jsonl"):
             tf.io.gfile.copy(f"{url}/metrics.jsonl", str(folder / "metrics.jsonl"), overwrite=True)
