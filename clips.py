@@ -152,7 +152,8 @@ class Clips:
     def report(self):
         """One line: how many episodes were read, and what became of them."""
         counts = Counter(self.verdicts.values())
-        return f"{len(self.verdicts)} episodes of this split" + (": " if counts else "") + ", ".join(f"{n} {what}" for what, n in counts.most_common())
+        parts = [f"{n} {what}" for what, n in counts.most_common()]
+        return f"{len(self.verdicts)} episodes of this split" + (": " + ", ".join(parts) if parts else "")
 
     def skip(self, episode, why):
         """Names and counts a damaged episode. Raises ValueError when there are too many."""

@@ -1,17 +1,19 @@
 """A tabletop world with a known answer: the whole story on a CPU, without any download.
 
-    python toy.py                   # writes runs/toy/: the data, then the base model
+    python toy.py                   # data, base model and adapters, into runs/toy
 
-A small world model learns a robot arm from camera A. Camera B stands a quarter turn further around the
-table. Seen from there the base model reads actions along the wrong axes: its energy is lowest at the
-*turned* action. LoRA on the predictor, trained on camera B, brings the minimum back to the true one.
+A small world model learns a robot arm from camera A. Camera B stands a quarter turn further around
+the table: seen from there the base model reads actions along the wrong axes and predicts badly.
+LoRA on the predictor, trained on camera B, mends that; the loss on held-out episodes is printed
+before and after.
 
-Nothing here is special-cased elsewhere: the arm's clips are TFRecords in DROID's schema, the base model is
-a checkpoint in the released file's layout, and both go through the same droid.py, model.py and train.py as
-the real ones. Written in about a minute on two CPU cores:
+Nothing here is special-cased elsewhere: the arm's clips are TFRecords in DROID's schema, the base
+model is a checkpoint in the released file's layout, and both go through the same droid.py, model.py
+and train.py as the real ones. In runs/toy:
 
-    runs/toy/data/r2d2_faceblur-train.tfrecord-*    exterior_image_1_left is camera A, _2_left is camera B
-    runs/toy/base.pt                                --model.checkpoint of size toy.SIZE
+    data/r2d2_faceblur-train.tfrecord-*   exterior_image_1_left is camera A, _2_left is camera B
+    base.pt                               a --model.checkpoint of size toy.SIZE
+    lora/                                 the run folder of toy.yaml
 """
 import io
 import json
@@ -31,14 +33,13 @@ import config
 import droid
 import model
 import train
-from config import write_file
 
 OUT = Path("runs/toy")
 SIZE = dict(encoder_dim=64, encoder_depth=2, encoder_heads=2,
             predictor_dim=64, predictor_depth=2, predictor_heads=2, image_size=64)
 
 # The world, in metres, radians and gripper closedness, as in DROID: x y z, roll pitch yaw, gripper.
-# Roll counts from pi (the gripper points down), so that it crosses the ±pi seam as it does in DROID.
+# Roll counts from pi (the gripper points down), so that it crosses the ±pi seam as in DROID.
 LOW = np.array([-0.22, -0.22, 0.04, -0.3, -0.3, -0.3, 0])
 HIGH = np.array([0.22, 0.22, 0.24, 0.3, 0.3, 0.3, 1])
 STEP = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2])        # the most that one step moves
@@ -46,13 +47,13 @@ STEP = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2])        # the most that one 
 PIXELS = 64
 VIEW = 0.84                                                 # metres across the frame
 ELEVATION = np.deg2rad(50)
-CAMERAS = {"exterior_image_1_left": 0.0,                    # camera A; azimuths in radians
+CAMERAS = {"exterior_image_1_left": 0.0,                    # camera A; azimuth in radians
            "exterior_image_2_left": pi / 2,                 # camera B
            "wrist_image_left": pi / 4}
 GRAY = 0.43
-# The table is square and its corners look the same: from camera B only the arm seems to have turned.
+# The table is square with equal corners: from camera B only the arm seems to have turned.
 CORNERS = np.array([[0.26, 0.26, 0], [-0.26, 0.26, 0], [-0.26, -0.26, 0], [0.26, -0.26, 0]])
-BLOBS = np.array([                  # red, green, blue, opacity, width (standard deviation in metres)
+BLOBS = np.array([                  # red, green, blue, opacity, standard deviation in metres
     *[[0.80, 0.80, 0.20, 0.8, 0.040]] * 4,      # the corners
     [0.10, 0.70, 0.15, 0.9, 0.035],             # an object, elsewhere in each episode
     [0.00, 0.00, 0.00, 0.9, 0.045],             # the arm's shadow: it tells height from depth
@@ -61,13 +62,13 @@ BLOBS = np.array([                  # red, green, blue, opacity, width (standard
     [0.15, 0.25, 1.00, 0.9, 0.030]])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The world
 
 def simulate(rng, n_episodes, length):
     """Random walks of the gripper inside the workspace; half of the steps translate only.
 
-    Returns poses [n_episodes, length, 7] float64: xyz (m), extrinsic xyz Euler angles (rad), gripper 0..1."""
+    Returns poses [n_episodes, length, 7] float64: xyz in m, extrinsic xyz Euler in rad, gripper."""
     pose = rng.uniform(LOW, HIGH, (n_episodes, 7))
     poses = [pose]
     for _ in range(length - 1):
@@ -88,8 +89,9 @@ def random_scenes(rng, n):
 def render(poses, scene, azimuth):
     """Frames of the arm, from an orthographic camera that looks down at ELEVATION.
 
-    poses [..., 7]; scene [..., 2] from random_scenes and azimuth [...] (radians about the vertical; how
-    far the camera stands around the table) broadcast against them. Returns uint8 [..., 64, 64, 3] RGB."""
+    poses [..., 7] as from `simulate`; scene [..., 2] from `random_scenes` and azimuth [...] (how
+    far around the table the camera stands, radians) broadcast against them.
+    Returns uint8 [..., 64, 64, 3] RGB."""
     shape = np.broadcast_shapes(poses.shape[:-1], scene.shape[:-1], np.shape(azimuth))
     poses = np.broadcast_to(poses, (*shape, 7)).reshape(-1, 7)
     scene = np.broadcast_to(scene, (*shape, 2)).reshape(-1, 2)
@@ -112,7 +114,7 @@ def render(poses, scene, azimuth):
     up = away * np.sin(ELEVATION) + (z - 0.1) * np.cos(ELEVATION)
     pixel = (np.arange(PIXELS) + 0.5) / PIXELS * VIEW - VIEW / 2        # metres
     width = 2 * BLOBS[:, 4, None] ** 2
-    across = torch.from_numpy(np.exp(-(pixel - right[..., None]) ** 2 / width)).float()     # [K, M, 64]
+    across = torch.from_numpy(np.exp(-(pixel - right[..., None]) ** 2 / width)).float() # [K, M, 64]
     down = torch.from_numpy(np.exp(-(pixel + up[..., None]) ** 2 / width)).float()
     colours = torch.from_numpy(BLOBS).float()
 
@@ -129,19 +131,19 @@ def render(poses, scene, azimuth):
 def make_episodes(rng, n_episodes, length):
     """What write_rlds takes: random episodes, each seen by all three cameras."""
     poses, scenes = simulate(rng, n_episodes, length), random_scenes(rng, n_episodes)
-    frames = {camera: render(poses, scenes[:, None], azimuth) for camera, azimuth in CAMERAS.items()}
+    frames = {camera: render(poses, scenes[:, None], angle) for camera, angle in CAMERAS.items()}
     return [{"states": poses[i], "frames": {camera: view[i] for camera, view in frames.items()},
              "file_path": f"/toy/success/episode_{i:04d}/trajectory.h5"} for i in range(n_episodes)]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DROID's format
 
 def write_rlds(folder, episodes, n_shards):
     """Writes episodes as TFRecord shards in the schema of droid 1.0.0, one record per episode.
 
-    episodes: dicts of "states" [n, 7] (as from `simulate`), "frames" {camera: uint8 [n, H, W, 3]} and
-    "file_path", a unique name with /success/ or /failure/ in it."""
+    episodes: dicts of "states" [n, 7] (as from `simulate`), "frames" {camera: uint8 [n, H, W, 3]}
+    and "file_path", a unique name with /success/ or /failure/ in it."""
     tf = droid.tensorflow()
 
     def feature(value):
@@ -156,7 +158,8 @@ def write_rlds(folder, episodes, n_shards):
         path = Path(folder) / f"r2d2_faceblur-train.tfrecord-{shard:05d}-of-{n_shards:05d}"
         with tf.io.TFRecordWriter(str(path)) as file:
             for episode in episodes[shard::n_shards]:
-                features = {name: feature(value) for name, value in _droid_fields(tf, episode).items()}
+                fields = _droid_fields(tf, episode)
+                features = {name: feature(value) for name, value in fields.items()}
                 example = tf.train.Example(features=tf.train.Features(feature=features))
                 file.write(example.SerializeToString())
 
@@ -170,12 +173,12 @@ def _droid_fields(tf, episode):
     moves[:, 3:6] = (moves[:, 3:6] + pi) % (2 * pi) - pi
     velocity = moves * 15                                               # DROID records at 15 Hz
     last = np.arange(n) == n - 1
-    fields = {f"steps/observation/{camera}": [tf.io.encode_jpeg(x, quality=95).numpy() for x in frames]
-              for camera, frames in episode["frames"].items()}
+    fields = {f"steps/observation/{camera}": [tf.io.encode_jpeg(x, quality=95).numpy() for x in v]
+              for camera, v in episode["frames"].items()}
     for prefix, pose in (("observation", states), ("action_dict", commands)):
         fields[f"steps/{prefix}/cartesian_position"] = pose[:, :6]
         fields[f"steps/{prefix}/gripper_position"] = pose[:, 6]
-        fields[f"steps/{prefix}/joint_position"] = pose                 # no joints here: any 7 numbers
+        fields[f"steps/{prefix}/joint_position"] = pose         # this arm has no joints: 7 numbers
     return fields | {
         "steps/action_dict/cartesian_velocity": velocity[:, :6],
         "steps/action_dict/gripper_velocity": velocity[:, 6],
@@ -190,18 +193,19 @@ def _droid_fields(tf, episode):
         "steps/language_instruction_2": [b""] * n,
         "steps/language_instruction_3": [b""] * n,
         "episode_metadata/file_path": [path.encode()],
-        "episode_metadata/recording_folderpath": [path.replace("trajectory.h5", "recordings/MP4").encode()],
+        "episode_metadata/recording_folderpath": [f"{Path(path).parent}/recordings/MP4".encode()],
     }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The base model
 
 def pretrain(path, seed=0, encoder_steps=250, predictor_steps=1200):
     """Trains the base model on camera A and writes it as the released file is laid out.
 
-    First the encoder, without labels, on frames from all around the table: the mean of a frame's tokens
-    must redraw the frame. Then, with the encoder frozen, the predictor on clips of camera A."""
+    First the encoder, without labels, on frames from all around the table: the mean of a frame's
+    tokens must redraw the frame. Then, with the encoder frozen, the predictor on clips of camera A.
+    Returns both last losses."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     encoder, predictor = model.build(SIZE)
@@ -210,10 +214,11 @@ def pretrain(path, seed=0, encoder_steps=250, predictor_steps=1200):
     encoder, predictor = ({f"module.{name}": tensor for name, tensor in part.state_dict().items()}
                           for part in (encoder, predictor))
     file = io.BytesIO()
-    torch.save(dict(encoder=encoder, predictor=predictor, target_encoder=encoder, opt=optimizer, scaler=None,
-                    epoch=1, loss=predictor_loss, batch_size=16, world_size=1, lr=8e-3), file)
+    torch.save(dict(encoder=encoder, predictor=predictor, target_encoder=encoder, opt=optimizer,
+                    scaler=None, epoch=1, loss=predictor_loss, batch_size=16, world_size=1,
+                    lr=8e-3), file)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, file.getvalue())
+    config.write_file(path, file.getvalue())
     return encoder_loss, predictor_loss
 
 
@@ -240,11 +245,12 @@ def _pretrain_predictor(encoder, predictor, rng, steps, batch=16, n_clips=3000, 
     poses = simulate(rng, n_clips, T)
     frames = torch.from_numpy(render(poses, random_scenes(rng, n_clips)[:, None], 0.0))
     world = model.WorldModel(encoder, predictor)
-    h = torch.cat([world.encode(x) for x in frames.permute(0, 4, 1, 2, 3).split(250)])  # [K, T, N, D]
+    frames = frames.permute(0, 4, 1, 2, 3)                              # [K, 3, T, 64, 64] uint8
+    h = torch.cat([world.encode(x) for x in frames.split(250)])         # [K, T, N, D]
     states = torch.from_numpy(poses).float()                            # [K, T, 7]
     actions = torch.zeros_like(states)
     actions[:, :-1] = torch.from_numpy(droid.pose_deltas(poses))
-    with torch.no_grad():               # centimetres are small numbers: let them count from the start
+    with torch.no_grad():               # metres are small numbers: let them count from the start
         predictor.action_encoder.weight *= 20
         predictor.state_encoder.weight *= 10
 
@@ -273,13 +279,13 @@ def _fit(title, modules, loss_of_batch, steps, lr, warmup=30):
     return loss.item(), optimizer.state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def finetune(out, *overrides):
     """The recipe of toy.yaml on camera B, through the real train.py: runs, stops after two thirds, goes on.
 
     Returns {step: validation losses}, read from the run's metrics.jsonl."""
-    cfg = config.load(["toy.yaml", f"--out_dir={out}/lora", f"--data.path={out}/data",
+    cfg = config.load([str(Path(__file__).with_name("toy.yaml")), f"--out_dir={out}/lora", f"--data.path={out}/data",
                        f"--model.checkpoint={out}/base.pt", *overrides])
     train.train(replace(cfg, max_steps=cfg.max_steps * 2 // 3, decay_steps=0))
     train.train(replace(cfg, resume=True))
@@ -303,6 +309,7 @@ def story(out=OUT, n_episodes=120, encoder_steps=250, predictor_steps=1200, over
 
 
 def main():
+    torch.set_num_threads(1)        # such small networks gain little from more, and numbers repeat
     shutil.rmtree(OUT, ignore_errors=True)          # this folder is the toy's own
     story()
 
