@@ -1,11 +1,14 @@
-"""Speed and memory, measured.
+"""Speed, memory and precision, measured. Keys of config.yaml apply; each command prints one line of JSON.
 
     python bench.py load                    # a file of the released layout (11.76 GB, random) -> bf16 on the CPU
     python bench.py load --model.size=tiny --file=/tmp/x.pt
+    python bench.py data --data.path=FOLDER # clips per second from records or .npz to batches
+    python bench.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
 
-load writes the file (unless it is there), reads encoder and predictor in a fresh process, and prints one line of JSON:
-seconds, the size of the weights, and the peak of anonymous memory (what cannot be given back; the mapped file can).
+load writes the file (unless it is there), reads encoder and predictor in a fresh process, and gives seconds, the size
+of the weights, and the peak of anonymous memory (what cannot be given back; the mapped file can).
 """
+import copy
 import json
 import os
 import subprocess
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 
 import config
+import droid
 import model
 
 
@@ -57,18 +61,57 @@ def load(path, size):
             "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
 
 
+def data(cfg, n=100):
+    """Time to the first batch, then n more."""
+    started = time.monotonic()
+    batches = iter(droid.create_dataloader(cfg))
+    next(batches)
+    first, started, cpu = time.monotonic() - started, time.monotonic(), time.process_time()
+    for _ in range(n):
+        next(batches)
+    clips = n * cfg.batch_size
+    return {"first_batch_s": first, "clips_per_s": clips / (time.monotonic() - started),
+            "cpu_ms_per_clip": 1e3 * (time.process_time() - cpu) / clips}
+
+
+@torch.no_grad()
+def precision(cfg):
+    """Relative L2 distance of the outputs of pure half-precision networks from fp32 ones, on random inputs."""
+    torch.manual_seed(cfg.seed)
+    device = cfg.device or "cpu"
+    encoder, predictor = model.build(cfg.model.size, device=device)
+    size = model.resolve_size(cfg.model.size)
+    T, N = 8, predictor.grid ** 2
+    clip = torch.randn(4, 3, 2, size["image_size"], size["image_size"], device=device)
+    z = torch.randn(1, T * N, size["encoder_dim"], device=device)
+    actions, states = 0.1 * torch.randn(1, T, 7, device=device), torch.randn(1, T, 7, device=device)
+    exact = encoder(clip), predictor(z, actions, states)
+    weights = copy.deepcopy((encoder.state_dict(), predictor.state_dict()))
+    out = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for part, state in zip((encoder, predictor), weights):
+            part.float().load_state_dict(state)
+            part.to(dtype)
+        half = encoder(clip), predictor(z, actions, states)
+        out |= {f"{part}_{name}": ((h.float() - e).norm() / e.norm()).item()
+                for part, h, e in zip(("encoder", "predictor"), half, exact)}
+    return out
+
+
 def main(args):
-    if args[:1] != ["load"]:
-        sys.exit(__doc__)
+    command, args = args[0] if args else "", args[1:]
     path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
-    cfg = config.load([a for a in args[1:] if not a.startswith("--file=")])
-    if os.environ.get("BENCH_CHILD"):
-        print(json.dumps(load(path, cfg.model.size)))
-        return
-    if not Path(path).exists():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_released_layout(path, cfg.model.size)
-    subprocess.run([sys.executable, __file__, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
+    cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
+    if command == "load" and not os.environ.get("BENCH_CHILD"):
+        if not Path(path).exists():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_released_layout(path, cfg.model.size)
+        subprocess.run([sys.executable, __file__, command, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
+    elif command in ("load", "data", "precision"):
+        print(json.dumps(load(path, cfg.model.size) if command == "load" else data(cfg) if command == "data"
+                         else precision(cfg)))
+    else:
+        sys.exit(__doc__)
 
 
 if __name__ == "__main__":
