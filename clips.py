@@ -1,8 +1,8 @@
 """From poses and images to clips: pose algebra, windows, crops, the split, and folders of .npz trajectories.
 
 An .npz trajectory holds `observations` [1, n, H, W, 3] or [n, H, W, 3] uint8 RGB and `states` [1, n, 7] or [n, 7]:
-x y z (m) and extrinsic xyz Euler angles (rad) of the end effector in the robot's base frame, gripper closedness 0..1.
-This is the way in for your own robot. Nothing here needs TensorFlow; droid.py reads DROID's records with it.
+x y z (m) and extrinsic xyz Euler angles (rad) of the end effector in the robot's base frame, gripper closedness 0..1;
+and, if it was cut from a longer one, the name of its `episode`. This is the way in for your own robot. Nothing here needs TensorFlow; droid.py reads DROID's records with it.
 """
 import sys
 import zipfile
@@ -252,6 +252,15 @@ class NpzClips(Clips):
             skipped = 0
             if not self.shuffle:
                 return
+
+    def clips(self):
+        for episode, k in self.order(0):
+            file, *clip = self.episodes[episode]
+            clip = self._clip(file, *clip, k)
+            if clip is not None:
+                with np.load(file) as arrays:
+                    name = str(arrays["episode"]) if "episode" in arrays else Path(file).name
+                yield clip | {"episode": name}
 
     def __iter__(self):
         taken, batch, lost = self.state["clips"] if self.shuffle else 0, [], 0

@@ -57,6 +57,23 @@ class DataConfig:
 
 
 @dataclass
+class EnergyConfig:
+    pairs: int = 16
+    per_episode: int = 2
+    min_move: float = 0.01
+    steps: int = 1
+    planes: tuple[str, ...] = ("xy", "xz", "yz")
+    radius: float = 0.075
+    grid: int = 21
+    others: str = "zero"
+    planners: tuple[str, ...] = ("cem", "gradient")
+    horizon: int = 1
+    cem_samples: int = 800
+    cem_iterations: int = 10
+    cem_elites: int = 10
+
+
+@dataclass
 class Config:
     out_dir: str = "runs/droid"
     max_steps: int = 5000
@@ -90,6 +107,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
 
 
 # What --debug sets before the rest of the command line: every part of a run, in minutes.
@@ -99,13 +117,17 @@ DEBUG = dict(max_steps=3, batch_size=1, grad_accum=2, warmup_steps=1, decay_step
 CHOICES = {
     "schedule": ("cosine", "wsd"), "optimizer": ("adamw8bit", "adamw"),
     "precision": ("bf16", "fp16", "fp32"), "data.crop": ("center", "droid", "none"),
+    "energy.others": ("zero", "truth"),
 }
+PLANES = ("xy", "xz", "yz", "xyz")
 AT_LEAST = {
     "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0, "lr": 0, "min_lr": 0,
     "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_every": 1,
     "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1, "gcs_minutes": 0, "lora.rank": 1,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
     "data.shuffle_buffer": 1, "data.max_bad_episodes": 0, "lora.dropout": 0,
+    "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1, "energy.radius": 1e-3,
+    "energy.grid": 5, "energy.horizon": 1, "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
 }
 
 
@@ -203,8 +225,8 @@ def validate(cfg):
     if cfg.rollout >= cfg.data.clip_frames:
         raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and data.clip_frames is "
                          f"{cfg.data.clip_frames}; set --rollout={cfg.data.clip_frames - 1} or less")
-    if cfg.lora.dropout >= 1 or cfg.data.val_fraction >= 1:
-        raise ValueError("lora.dropout and data.val_fraction must be below 1")
+    if cfg.lora.dropout >= 1 or cfg.data.val_fraction > 1:
+        raise ValueError("lora.dropout must be below 1, and data.val_fraction 1 (all episodes are for validation) or less")
     if not cfg.lora.targets:
         raise ValueError("lora.targets is empty: nothing would be trained; name layers such as attn.qkv")
     if cfg.val_every and not cfg.data.val_fraction:
@@ -213,6 +235,14 @@ def validate(cfg):
         raise ValueError(f"min_lr {cfg.min_lr} is above lr {cfg.lr}")
     if cfg.schedule == "wsd" and cfg.decay_steps > cfg.max_steps:
         raise ValueError(f"decay_steps {cfg.decay_steps} is above max_steps {cfg.max_steps}")
+    for plane in cfg.energy.planes:
+        if plane not in PLANES:
+            raise ValueError(f"energy.planes has {plane!r}; choose from {', '.join(PLANES)}")
+    for planner in cfg.energy.planners:
+        if planner not in ("cem", "gradient"):
+            raise ValueError(f"energy.planners has {planner!r}; choose from cem, gradient")
+    if cfg.energy.cem_elites > cfg.energy.cem_samples:
+        raise ValueError(f"energy.cem_elites {cfg.energy.cem_elites} is above cem_samples {cfg.energy.cem_samples}")
     if cfg.out_dir.startswith("gs://"):
         raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
     if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):

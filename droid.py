@@ -4,6 +4,9 @@
         batch["frames"]     # [B, 3, T, S, S] uint8 RGB, T frames `frame_step` recorded frames apart
         batch["states"]     # [B, T, 7] float32: x y z (m), extrinsic xyz Euler (rad), gripper 0..1; base frame
         batch["actions"]    # [B, T, 7] float32: change of state to the next clip frame
+    for clip in droid.create_dataloader(cfg, "val", shuffle=False).clips():     # the same, one by one
+        clip["episode"]     # its name
+
 
 Actions come from the observed poses, never from the recorded commands. The last action of a clip leads to a frame
 outside it: the true change when the episode has that frame, else zeros.
@@ -104,22 +107,32 @@ class RldsClips(Clips):
             self.state, batch = state, default_collate(batch)
             yield batch | {"frames": batch["frames"].permute(0, 4, 1, 2, 3)}            # [B, 3, T, S, S]
 
+    def clips(self):
+        for _, clip, name in self._decoded(round=0, index=0):
+            clip = {key: torch.as_tensor(value) for key, value in clip.items()}
+            yield clip | {"frames": clip["frames"].permute(3, 0, 1, 2), "episode": name}    # [3, T, S, S]
+
     def _batches(self):
         """([clip], the state after them)"""
         batch = []
-        for (number, index), clip in self._order(**self.state):
+        for (number, index), clip, _ in self._decoded(**self.state):
+            batch.append(clip)
+            if len(batch) == self.batch_size:
+                yield batch, {"round": number, "index": index + 1}
+                batch = []
+        if batch:
+            yield batch, {"round": number, "index": index + 1}
+
+    def _decoded(self, round, index):
+        """(place in the order, clip, episode) from there on, without the clips whose images are broken."""
+        for place, clip in self._order(round, index):
             try:
                 frames = self.decode(clip["frames"]).numpy()                # [T, H, W, 3] uint8
             except self.tf.errors.InvalidArgumentError:
                 self.skip(clip["record"], f"an image cannot be decoded, its clips are left out ({clip['name']})")
                 continue
             frames = crop_frames(frames, self.data.crop, self.size)         # [T, S, S, 3]
-            batch.append({"frames": frames, "states": clip["states"], "actions": clip["actions"]})
-            if len(batch) == self.batch_size:
-                yield batch, {"round": number, "index": index + 1}
-                batch = []
-        if batch:
-            yield batch, {"round": number, "index": index + 1}
+            yield place, {"frames": frames, "states": clip["states"], "actions": clip["actions"]}, clip["name"]
 
     def _order(self, round, index):
         """((round, index), clip) from there on: endless if shuffled, else one pass."""

@@ -1,26 +1,44 @@
 """Energy landscapes of a world model: how far each action's predicted outcome is from a goal image.
 
-    energies = energy.landscape(world, h[:1], states[:1], h[1], actions)     # [K], L1 on layer-normed latents
-    numbers = energy.metrics(actions, energies, true_action)                 # what one landscape says, as a dict
+    python energy.py config.yaml --adapters=runs/droid/step_5000,runs/droid/step_20000      # and the baseline, always
+    python energy.py --from=runs/droid/energy/landscapes.npz        # numbers and figures again, without a model
+
+Writes into out_dir/energy: landscapes.npz (every energy, as `analyse` says), metrics.csv, comparison.json and figures.
+
+    energies = energy.landscape(world, h[:1], states[:1], h[1], actions)    # [K], L1 on layer-normed latents
+    numbers = energy.metrics(actions, energies, true_action)                # what one landscape says, as a dict
     plan = energy.cem(lambda a: energy.rollout(world, h[:1], states[:1], h[1], a))
 
 Energy of an action: mean |LN(P(z, a, s)) - z_goal| over the last frame's tokens (arXiv:2506.09985, section 4). Several
 steps repeat the action and carry state and latents forward. Actions are metres, radians and gripper closedness in the
 robot's base frame, as in droid.py. A number that a landscape cannot support is NaN, which reads "undefined".
 """
+import io
+import re
+import sys
 import time
-from dataclasses import dataclass
+import zipfile
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage, stats
-from scipy.interpolate import RegularGridInterpolator
+import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
+from tqdm import tqdm
 
+import compare
+import config
+import droid
+import figures
+import lora
+import model
 from clips import apply_action, pose_deltas
+from measures import AXES, metrics  # noqa: F401
+from plan import cem, gradient_plan
 
-AXES = ("x", "y", "z")
-FLAT = 1e-6             # a range below this share of the mean is rounding, not a landscape
+N_NEGATIVES = 32            # real actions of other moments that each true action is held against
+BYTES_PER_TOKEN = 120_000   # activations of one token in ViT-g's predictor without gradients, measured with room to spare
 
 
 # Energies
@@ -31,23 +49,29 @@ def rollout(world, h_context, states, h_goal, actions, chunk=64):
     h_context [T, N, D] latents of the frames so far, states [T, 7] their poses, h_goal [N, D], actions [K, H, 7].
     Returns [K] float32 on the latents' device, with gradient if the actions carry one. `chunk` sequences at a time."""
     device, T = h_context.device, len(h_context)
-    states = torch.as_tensor(states, dtype=torch.float32)
+    states = torch.as_tensor(states, dtype=torch.float32).cpu()
     past = torch.from_numpy(pose_deltas(states.numpy())).float() if T > 1 else torch.zeros(0, 7)
     energies = []
-    for own in actions.to(device).split(chunk):                                     # [k, H, 7]
-        k, H, _ = own.shape
+    K, H, _ = actions.shape
+    actions = actions.to(device)
+    if K > chunk:                       # all batches of one size: compiled once, and a place in the list changes nothing
+        actions = torch.cat([actions, actions[-1:].expand(-K % chunk, -1, -1)])
+    for own in actions.split(chunk):                                                # [k, H, 7]
+        k = len(own)
         h = h_context.expand(k, -1, -1, -1)                                         # [k, T, N, D]
-        s = states.expand(k, -1, -1)                                                # [k, T, 7]
+        s = states.to(device).expand(k, -1, -1)                                     # [k, T, 7]
         a = past.to(device).expand(k, -1, -1)                                       # [k, T-1, 7]
         for step in range(H):
             a = torch.cat([a, own[:, step:step + 1]], dim=1)
-            z = world.predict(h, a, s.to(device))[:, -1:]                           # [k, 1, N, D]
+            z = world.predict(h, a, s)[:, -1:]                                      # [k, 1, N, D]
             if step + 1 < H:
                 h = torch.cat([h, z], dim=1)
-                after = apply_action(s[:, -1].numpy(), own[:, step].detach().cpu().numpy())
-                s = torch.cat([s, torch.from_numpy(after).float()[:, None]], dim=1)
+                after = apply_action(s[:, -1].detach().cpu().numpy(), own[:, step].detach().cpu().numpy())
+                after = torch.from_numpy(after).float().to(device)
+                after = after + F.pad(own[:, step, :3] - own[:, step, :3].detach(), (0, 4))     # its gradient: xyz adds up
+                s = torch.cat([s, after[:, None]], dim=1)
         energies.append((z[:, 0] - h_goal).abs().mean(dim=(1, 2)))
-    return torch.cat(energies)
+    return torch.cat(energies)[:K]
 
 
 @torch.no_grad()
@@ -69,231 +93,298 @@ def grid(axes, radius, points, others=None):
     return actions.astype(np.float32)
 
 
-# Numbers of one landscape
+# The analysis
 
-def metrics(actions, energy, true_action):
-    """What one landscape says about the true action, over the position axes that the actions sweep.
+def read_clips(cfg):
+    """Validation clips whose first frame is a context and whose frame energy.steps is its goal: P dicts with frames
+    [3, T, S, S] uint8, states, actions [T, 7], episode. At most energy.per_episode of an episode, evenly over its length."""
+    e = cfg.energy
+    ahead = max(e.steps, e.horizon if e.planners else 1)
+    if cfg.data.clip_frames <= ahead:
+        raise ValueError(f"data.clip_frames {cfg.data.clip_frames} is too few: energy.steps and energy.horizon look {ahead} "
+                         f"frames ahead; set --data.clip_frames={ahead + 1} or more")
+    if not cfg.data.val_fraction:
+        raise ValueError("data.val_fraction is 0: there is no episode to measure on; --data.val_fraction=1 takes all")
+    loader = droid.create_dataloader(cfg, "val", shuffle=False)
+    chosen, n_still, n_episodes = [], 0, 0
+    for _, clips in groupby(loader.clips(), key=lambda clip: clip["episode"]):
+        clips = list(clips)
+        moving = [c for c in clips if (c["states"][e.steps, :3] - c["states"][0, :3]).norm() >= e.min_move]
+        n_still += len(clips) - len(moving)
+        n_episodes += bool(moving)
+        every = np.linspace(0, len(moving) - 1, min(e.per_episode, len(moving))).round().astype(int)
+        chosen += [moving[i] for i in every]
+        if len(chosen) >= e.pairs:
+            break
+    if not chosen:
+        if n_still:
+            raise ValueError(f"{cfg.data.path}: in none of {n_still} clips the gripper moves {100 * e.min_move:g} cm between "
+                             "context and goal; lower --energy.min_move or raise --data.frame_step")
+        raise loader.nothing()
+    say(f"{min(len(chosen), e.pairs)} pairs of {n_episodes} episodes"
+        + (f" (energy.pairs asks for {e.pairs}; --energy.per_episode takes more of each)" if len(chosen) < e.pairs else "")
+        + f"; left out: {n_still} clips that move less than {100 * e.min_move:g} cm; {loader.report()}")
+    return chosen[:e.pairs]
 
-    actions [K, 7], energy [K], true_action [7]. Returns a dict of floats; NaN where the landscape cannot say: all of it
-    for a constant one, what needs the truth inside the swept range when it is outside, what needs a regular grid
-    when there is none, a curvature that the points around do not agree on.
 
-    argmin_error (cm), direction_cosine, length_ratio: the minimum against the truth.
-    truth_in_range 0/1. rank (%): actions below the one nearest to the truth; top1, top5: rank within 1 or 5 %.
-    spearman: order of the energies against the distance to the truth. range, std, relative_range: depth.
-    curvature_{argmin,truth} (1/m²) and condition_{…}: smallest eigenvalue and condition number of a quadratic fit.
-    monotone_rays: share of 16 rays from the truth on which energy never falls. local_minima: count, the lowest included.
-    basin_width (cm): diameter of a disc (ball) as large as the region around the minimum below half depth."""
-    actions, energy = np.asarray(actions, float), np.asarray(energy, float)
-    swept = np.flatnonzero(np.ptp(actions[:, :3], axis=0) > 0)
-    places, truth = actions[:, swept], np.asarray(true_action, float)[swept]            # [K, M], [M]
-    inside = bool(np.all((truth >= places.min(0) - 1e-9) & (truth <= places.max(0) + 1e-9)))
-    out = {"truth_in_range": float(inside), "range": np.ptp(energy), "std": energy.std(),
-           "relative_range": np.ptp(energy) / np.abs(energy).mean()}
-    names = ("argmin_error direction_cosine length_ratio rank top1 top5 spearman curvature_argmin condition_argmin "
-             "curvature_truth condition_truth monotone_rays local_minima basin_width").split()
-    out |= dict.fromkeys(names, np.nan)
-    if not np.isfinite(energy).all() or out["relative_range"] < FLAT:
-        return out
-    lowest = places[energy.argmin()]
-    far = np.linalg.norm(places - truth, axis=1)                                        # [K] metres
-    out["argmin_error"] = 100 * np.linalg.norm(lowest - truth)
-    lengths = np.linalg.norm(lowest), np.linalg.norm(truth)
-    if lengths[1] > 0:
-        out["length_ratio"] = lengths[0] / lengths[1]
-        out["direction_cosine"] = lowest @ truth / np.prod(lengths) if lengths[0] > 0 else np.nan
-    out["spearman"] = stats.spearmanr(energy, far).statistic
-    if inside:
-        out["rank"] = 100 * np.mean(energy < energy[far.argmin()])
-        out["top1"], out["top5"] = float(out["rank"] < 1), float(out["rank"] < 5)
-    cube = _as_grid(places, energy)
-    if cube is None:
-        return out
-    ticks, values = cube
-    for name, centre in (("argmin", lowest), ("truth", truth)):
-        out[f"curvature_{name}"], out[f"condition_{name}"] = curvature(ticks, values, centre)
-    out["local_minima"] = _local_minima(values)
-    out["basin_width"] = _basin_width(ticks, values)
-    if inside:
-        out["monotone_rays"] = _monotone_rays(ticks, values, truth)
+def true_action(states, steps):
+    """The action that, taken `steps` times, leads from the first pose to pose `steps`. states [T, 7] -> [7] float64."""
+    action = pose_deltas(np.asarray(states)[[0, steps]])[0] / steps
+    turn = Rotation.from_euler("xyz", steps * action[3:6]).as_rotvec() / steps
+    action[3:6] = Rotation.from_rotvec(turn).as_euler("xyz")
+    return action
+
+
+def choose_adapter(predictor, adapter, lora_config):
+    """Puts an adapter folder, or for "baseline" one that changes nothing, into the predictor in place of any other.
+    Returns the size of the update against the weights, ||s B A|| / ||W|| over all adapted layers."""
+    lora.remove(predictor)
+    if adapter == "baseline":
+        lora.inject(predictor, lora_config.rank, lora_config.alpha, 0.0, lora_config.targets, lora_config.rslora)
+    else:
+        lora.load(predictor, adapter)
+    predictor.requires_grad_(False).eval()
+    return lora.update_norm(predictor)
+
+
+def analyse(cfg, adapters, path):
+    """Landscapes, plans and controls of the baseline and of each adapter folder, on the same pairs.
+
+    Writes `path` (.npz) after each checkpoint and returns its arrays. C checkpoints, P pairs, K actions, T frames a clip:
+    checkpoints, training_steps [C] (-1: unknown), update_norm [C]; episodes [P], frames [P, 2, S, S, 3] context and goal;
+    true_actions [P, 7]; for each of planes: actions_xy [P, K, 7], energy_xy [C, P, K]; energy_true, energy_zero [C, P];
+    negatives [P, M, 7], energy_negatives [C, P, M]: real actions of other moments;
+    loss, loss_shuffled, loss_zero [C, P]: teacher forcing with the clip's actions, with others, with none;
+    horizon_l1 [C, P, T-1], horizon_copy [P, T-1]: L1 of the model's own prediction k frames on, and of copying frame 0;
+    oracle_actions [P, F, 7], oracle_energy [P, F], oracle_truth [P, 7]: real frames of the clip instead of predictions;
+    cem_moves, gradient_moves [C, P, H, 3] (m, the whole way), …_energy, …_seconds [C, P, H], true_moves [P, H, 3];
+    null_difference: the largest |energy| difference of the base model to itself with adapters of zeros; first pair, first plane.
+    Raises ValueError for an adapter that does not fit, before anything is computed."""
+    e, path = cfg.energy, Path(path)
+    device = model.resolve_device(cfg.device)
+    precision = model.resolve_precision(cfg.precision, device)
+    torch.manual_seed(cfg.seed)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device)
+    world = model.WorldModel(encoder, predictor)
+    say(f"{model.device_name(device)}, {precision}; base {cfg.model.checkpoint} ({world.base_fingerprint})")
+    names, adapters = names_of(adapters), ["baseline", *(a for a in adapters if a != "baseline")]
+    norms = [choose_adapter(predictor, adapter, cfg.lora) for adapter in adapters]
+    for name, norm in zip(names, norms):
+        say(f"  {name}: update / weights {norm:.2e}"
+            + (" WARNING: B is zero in all its layers, this is the baseline" if norm == 0 and name != "baseline" else ""))
+    clips = read_clips(cfg)
+    h = [world.encode(clip["frames"][None].to(device))[0] for clip in clips]               # P x [T, N, D]
+    encoder.to("meta")                                                                      # its memory is free again
+    arrays = _what_all_share(cfg, clips, h) | {
+        "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
+    chunk = chunk_size(device, e.steps)
+    if device.type == "cuda":
+        compile_blocks(predictor)
+    per_pair = _evaluations(cfg, arrays)
+    bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True, smoothing=0.05, disable=None)
+    lora.remove(predictor)
+    plane = e.planes[0]
+    plain = landscape(world, h[0][:1], clips[0]["states"][:1], h[0][e.steps], arrays[f"actions_{plane}"][0], e.steps, chunk)
+    found = []
+    for name, adapter, norm in zip(names, adapters, norms):
+        choose_adapter(predictor, adapter, cfg.lora)
+        if name == "baseline":
+            again = landscape(world, h[0][:1], clips[0]["states"][:1], h[0][e.steps], arrays[f"actions_{plane}"][0],
+                              e.steps, chunk)
+            arrays["null_difference"] = np.array((plain - again).abs().max().item())
+        bar.set_description(name)
+        pairs = []
+        for p, clip in enumerate(clips):
+            pairs.append(_one_pair(world, cfg, arrays, p, clip, h[p], chunk))
+            bar.update(per_pair)
+        found.append({key: np.stack([pair[key] for pair in pairs]) for key in pairs[0]})
+        arrays |= {key: np.stack([one[key] for one in found]) for key in found[0]}
+        done = len(found)
+        arrays |= {"checkpoints": np.array(names[:done]), "update_norm": np.array(norms[:done]),
+                   "training_steps": np.array([_training_step(n) for n in names[:done]])}
+        save(path, arrays)
+    bar.close()
+    return arrays
+
+
+def names_of(adapters):
+    """The baseline, then each folder under the shortest end of its path that no other one has."""
+    paths = [Path(adapter) for adapter in adapters if adapter != "baseline"]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--adapters names a folder twice: {', '.join(map(str, paths))}")
+    for n in range(1, 20):
+        names = ["/".join(path.resolve().parts[-n:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return ["baseline", *names]
+
+
+def _training_step(name):
+    found = re.search(r"step_(\d+)", name)
+    return int(found[1]) if found else 0 if name == "baseline" else -1
+
+
+def _what_all_share(cfg, clips, h):
+    """The arrays that depend on the pairs alone."""
+    e, P, steps = cfg.energy, len(clips), cfg.energy.steps
+    random = np.random.default_rng(cfg.seed)
+    states = np.stack([clip["states"].numpy() for clip in clips]).astype(float)            # [P, T, 7]
+    truth = np.stack([true_action(s, steps) for s in states])                               # [P, 7]
+    actions = np.stack([pose_deltas(s) for s in states])                                    # [P, T-1, 7]
+    T = states.shape[1]
+    pools = [np.concatenate([np.delete(actions, p, axis=0).reshape(-1, 7), actions[p, steps:]]) for p in range(P)]
+    n_negatives = min(N_NEGATIVES, min(map(len, pools)))
+    others = [i for i in range(1, T) if i != steps]
+    arrays = {
+        "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
+        "radius": np.array(e.radius), "steps": np.array(steps), "frame_step": np.array(cfg.data.frame_step),
+        "true_actions": truth, "states": states,
+        "frames": np.stack([clip["frames"][:, [0, steps]].permute(1, 2, 3, 0).numpy() for clip in clips]),
+        "negatives": np.stack([pool[random.choice(len(pool), n_negatives, False)] for pool in pools]),
+        "shuffled": np.stack([pool[random.integers(len(pool), size=T - 1)] if len(pool) else np.full((T - 1, 7), np.nan)
+                              for pool in pools]),
+        "horizon_copy": np.stack([(x[1:] - x[:1]).abs().mean(dim=(1, 2)).cpu().numpy() for x in h]),
+        "oracle_actions": np.stack([[pose_deltas(s[[0, i]])[0] for i in [0, *others]] if T > 1 else [] for s in states]),
+        "oracle_energy": np.stack([(x[[0, *others]] - x[steps]).abs().mean(dim=(1, 2)).cpu().numpy() for x in h]),
+        "oracle_truth": np.stack([pose_deltas(s[[0, steps]])[0] for s in states])}
+    for plane in e.planes:
+        arrays[f"actions_{plane}"] = np.stack([grid(plane, e.radius, e.grid, t if e.others == "truth" else None)
+                                               for t in truth])
+    if e.planners:
+        arrays["true_moves"] = states[:, 1:e.horizon + 1, :3] - states[:, :1, :3]           # [P, H, 3]
+    return arrays
+
+
+def _evaluations(cfg, arrays):
+    """How many actions are evaluated per pair and checkpoint; a gradient step counts three."""
+    e = cfg.energy
+    n = e.steps * (sum(arrays[f"actions_{plane}"].shape[1] for plane in e.planes) + arrays["negatives"].shape[1] + 2)
+    for h in range(1, e.horizon + 1):
+        n += h * e.cem_samples * e.cem_iterations * ("cem" in e.planners) + 3 * h * 8 * 61 * ("gradient" in e.planners)
+    return n
+
+
+def _one_pair(world, cfg, arrays, p, clip, h, chunk):
+    """The arrays of one checkpoint and one pair, as in `analyse` without [C, P]."""
+    e, device, states = cfg.energy, h.device, clip["states"]
+    planes = [arrays[f"actions_{plane}"][p] for plane in e.planes]
+    single = [arrays["true_actions"][p][None], np.zeros((1, 7)), arrays["negatives"][p]]
+    sizes = [len(part) for part in planes + single]
+    energies = landscape(world, h[:1], states[:1], h[e.steps], np.concatenate(planes + single), e.steps, chunk)
+    parts = [part.cpu().numpy() for part in energies.split(sizes)]
+    out = {f"energy_{plane}": part for plane, part in zip(e.planes, parts)}
+    out |= {"energy_true": parts[-3][0], "energy_zero": parts[-2][0], "energy_negatives": parts[-1]}
+
+    def energy_of(goal):
+        return lambda actions: rollout(world, h[:1], states[:1], goal, actions, chunk)
+
+    if "cem" in e.planners:
+        out |= _plans("cem", e, h, lambda goal, n: cem(energy_of(goal), n, e.cem_samples, e.cem_iterations, e.cem_elites,
+                                                       e.radius, cfg.seed, device))
+    with eager():
+        if "gradient" in e.planners:
+            out |= _plans("gradient", e, h, lambda goal, n: gradient_plan(energy_of(goal), n, box=e.radius, seed=cfg.seed,
+                                                                          device=device))
+        out |= _with_wrong_actions(world, h, clip, arrays["shuffled"][p])
     return out
 
 
-def _as_grid(places, energy):
-    """([ticks of each axis], energies [n1, n2, …]) if the places are a full regular grid, else None."""
-    ticks = [np.unique(np.round(column, 9)) for column in places.T]
-    shape = tuple(len(t) for t in ticks)
-    if np.prod(shape) != len(places) or min(shape) < 3:
-        return None
-    values = np.full(shape, np.nan)
-    values[tuple(np.searchsorted(t, np.round(column, 9)) for t, column in zip(ticks, places.T))] = energy
-    return None if np.isnan(values).any() else (ticks, values)
-
-
-def curvature(ticks, values, centre, reach=2):
-    """Smallest eigenvalue (energy per m²) and condition number of a quadratic fitted to the grid points within `reach`
-    spacings of `centre` on each axis. NaN where the window leaves the grid or the fit explains less than half
-    of the variance in it, adjusted for its number of terms: noise has no curvature."""
-    nearest = [int(np.abs(t - c).argmin()) for t, c in zip(ticks, centre)]
-    if any(i < reach or i + reach >= len(t) for i, t in zip(nearest, ticks)):
-        return np.nan, np.nan
-    window = tuple(slice(i - reach, i + reach + 1) for i in nearest)
-    mesh = np.meshgrid(*[t[w] - t[i] for t, w, i in zip(ticks, window, nearest)], indexing="ij")
-    x = np.stack([m.ravel() for m in mesh], axis=1)                                     # [n, M]
-    scale = np.abs(x).max()
-    x, y, M = x / scale, values[window].ravel(), x.shape[1]
-    pairs = [(i, j) for i in range(M) for j in range(i, M)]
-    terms = np.column_stack([np.ones(len(x)), x, *[x[:, i] * x[:, j] for i, j in pairs]])
-    fit, *_ = np.linalg.lstsq(terms, y, rcond=None)
-    rest, total = np.sum((y - terms @ fit) ** 2), np.sum((y - y.mean()) ** 2)
-    if total == 0 or 1 - rest / total * (len(y) - 1) / (len(y) - terms.shape[1]) < 0.5:
-        return np.nan, np.nan
-    hessian = np.zeros((M, M))
-    for (i, j), value in zip(pairs, fit[1 + M:]):
-        hessian[i, j] += value
-        hessian[j, i] += value
-    eigenvalues = np.linalg.eigvalsh(hessian) / scale ** 2
-    condition = eigenvalues[-1] / eigenvalues[0] if eigenvalues[0] > 0 else np.nan
-    return eigenvalues[0], condition
-
-
-def _local_minima(values):
-    """Grid points lower than all their neighbours, diagonals included, or equal to them as a plateau counted once."""
-    lowest = values == ndimage.minimum_filter(values, size=3, mode="nearest")
-    return float(ndimage.label(lowest, np.ones((3,) * values.ndim))[1])
-
-
-def _basin_width(ticks, values):
-    low = values < values.min() + 0.5 * np.ptp(values)
-    regions, _ = ndimage.label(low)
-    cells = np.sum(regions == regions[np.unravel_index(values.argmin(), values.shape)])
-    size = cells * np.prod([t[1] - t[0] for t in ticks])                                # m² or m³
-    return 100 * (2 * np.sqrt(size / np.pi) if values.ndim == 2 else 2 * np.cbrt(0.75 * size / np.pi))
-
-
-def _monotone_rays(ticks, values, truth, n_rays=16):
-    at = RegularGridInterpolator(ticks, values)
-    if len(ticks) == 2:
-        angles = 2 * np.pi * np.arange(n_rays) / n_rays
-        rays = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    else:                                           # a Fibonacci sphere: even in all directions
-        height = 1 - 2 * (np.arange(n_rays) + 0.5) / n_rays
-        turn = np.pi * (1 + 5 ** 0.5) * np.arange(n_rays)
-        rays = np.stack([np.sqrt(1 - height ** 2) * np.cos(turn), np.sqrt(1 - height ** 2) * np.sin(turn), height], 1)
-    low, high = np.array([t[0] for t in ticks]), np.array([t[-1] for t in ticks])
-    spacing = min(t[1] - t[0] for t in ticks)
-    rising = []
-    for ray in rays:
-        with np.errstate(divide="ignore"):
-            reach = np.min(np.where(ray > 0, (high - truth) / ray, np.where(ray < 0, (low - truth) / ray, np.inf)))
-        steps = np.arange(0, reach + 1e-12, spacing)
-        if len(steps) >= 3:
-            along = at(np.clip(truth + steps[:, None] * ray, low, high))
-            rising.append(np.all(np.diff(along[1:]) >= 0))      # from one spacing on: the truth lies between points
-    return float(np.mean(rising)) if rising else np.nan
-
-
-def calibration(inferred, true):
-    """W*: the linear map that takes the inferred moves to the true ones, by least squares over pairs.
-
-    inferred, true [P, M] metres. Returns angle (degrees; of the rotation nearest to W*, signed about z when M is 2),
-    condition, and error (cm): the mean distance left after applying it. NaN with fewer pairs than M + 1.
-    A camera turned by an angle turns the landscape by it (arXiv:2506.09985, appendix)."""
-    inferred, true = np.asarray(inferred, float), np.asarray(true, float)
-    P, M = inferred.shape
-    nothing = dict.fromkeys(("angle", "condition", "error"), np.nan)
-    if P < M + 1 or np.linalg.matrix_rank(inferred) < M:
-        return nothing
-    W, *_ = np.linalg.lstsq(inferred, true, rcond=None)                                 # true ≈ inferred @ W
-    U, S, V = np.linalg.svd(W)
-    turn = U @ np.diag([1.0] * (M - 1) + [np.sign(np.linalg.det(U @ V))]) @ V           # nearest proper rotation
-    if S[-1] == 0:
-        return nothing
-    angle = (np.arctan2(turn[0, 1], turn[0, 0]) if M == 2 else Rotation.from_matrix(turn.T).magnitude())
-    error = np.linalg.norm(inferred @ W - true, axis=1).mean()
-    return {"angle": np.rad2deg(angle), "condition": S[0] / S[-1], "error": 100 * error}
-
-
-def contrast(energy_true, energy_others):
-    """The true action against negatives: energy_true [], energy_others [M]. margin: mean of E(other) - E(true);
-    info_nce: -log softmax of the true one at temperature std(energies); chance is log(M + 1)."""
-    others = np.asarray(energy_others, float)
-    every = np.append(others, energy_true)
-    if len(others) == 0 or np.ptp(every) <= FLAT * np.abs(every).mean():
-        return {"margin": np.nan, "info_nce": np.nan}
-    logits = -every / every.std()
-    return {"margin": float(np.mean(others - energy_true)),
-            "info_nce": float(np.log(np.sum(np.exp(logits - logits[-1]))))}
-
-
-def bootstrap(values, clusters, n=2000, seed=0):
-    """Mean and its 95 % interval, whole clusters (episodes) drawn with replacement.
-
-    values [P], NaNs left out; clusters [P]. Returns (mean, low, high); the interval is NaN with fewer than two clusters."""
-    values, clusters = np.asarray(values, float), np.asarray(clusters)
-    known = ~np.isnan(values)
-    if not known.any():
-        return np.nan, np.nan, np.nan
-    names, index = np.unique(clusters[known], return_inverse=True)
-    if len(names) < 2:
-        return values[known].mean(), np.nan, np.nan
-    sums, sizes = np.bincount(index, values[known]), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(n, len(names)))
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return values[known].mean(), low, high
-
-
-# Planning
-
-@dataclass
-class Plan:
-    actions: np.ndarray     # [H, 7]
-    energy: float
-    seconds: float
+def _plans(planner, e, h, plan):
+    plans = [plan(h[n], n) for n in range(1, e.horizon + 1)]
+    return {f"{planner}_moves": np.stack([one.actions[:, :3].sum(0) for one in plans]),
+            f"{planner}_energy": np.array([one.energy for one in plans]),
+            f"{planner}_seconds": np.array([one.seconds for one in plans])}
 
 
 @torch.no_grad()
-def cem(energy_of, horizon=1, samples=800, iterations=10, elites=10, box=0.075, seed=0, device="cpu"):
-    """Cross-entropy method over xyz moves; rotation and gripper stay. Defaults are the paper's.
+def _with_wrong_actions(world, h, clip, shuffled):
+    """Losses with the clip's own actions, with others and with none; L1 of the model's own predictions by horizon."""
+    states, actions = clip["states"].to(h.device)[None], clip["actions"].to(h.device)[None]         # [1, T, 7]
+    shuffled = F.pad(torch.from_numpy(shuffled).float(), (0, 0, 0, 1)).to(h.device)[None]
+    out = {name: world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
+           for name, a in (("loss", actions), ("loss_shuffled", shuffled), ("loss_zero", torch.zeros_like(actions)))}
+    own = h[None, :1]
+    for n in range(1, len(h)):
+        own = torch.cat([own, world.predict(own, actions[:, :n], states[:, :n])[:, -1:]], dim=1)
+    return out | {"horizon_l1": (own[0, 1:] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
 
-    energy_of: [K, H, 7] -> [K]; box: each axis of each step within ±box metres. Returns the best Plan seen."""
+
+# Speed and memory
+
+def chunk_size(device, steps):
+    """Action sequences a batch: 128 or what half of the free memory holds."""
+    if device.type != "cuda":
+        return 64
+    free = torch.cuda.mem_get_info(device)[0]
+    return int(max(1, min(128, 0.5 * free / (258 * steps * BYTES_PER_TOKEN))))
+
+
+def compile_blocks(predictor):
+    """Compiles each block, in place, where Triton is there; one compilation serves all blocks of a shape."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return
+    for block in predictor.predictor_blocks:
+        block.compile(dynamic=False)
+
+
+def eager():
+    """Compiled blocks run uncompiled inside: for what is done too seldom, or in too many shapes, to be worth compiling."""
+    return torch.compiler.set_stance("force_eager")
+
+
+# Files and the command line
+
+def save(path, arrays):
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config.write_file(path, data.getbuffer())
+
+
+def load(path):
+    """The arrays of landscapes.npz. Raises ValueError if it is missing or damaged."""
+    try:
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; energy.py config.yaml --adapters=… writes it") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path}: not a whole .npz file ({error}); compute it again") from None
+
+
+def say(text):
+    tqdm.write(text)
+
+
+def report(arrays, folder):
+    """Numbers and figures of the arrays, written into `folder` -> the comparison, as in comparison.json."""
+    result = compare.write(folder, arrays)
+    figures.write(folder, arrays, result)
+    return result
+
+
+def main(args):
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    own = {key: text for key, _, text in (arg.partition("=") for arg in args) if key in ("--adapters", "--from")}
+    args = [arg for arg in args if arg.partition("=")[0] not in own]
     started = time.monotonic()
-    random = torch.Generator(device).manual_seed(seed)
-    mean = torch.zeros(horizon, 3, device=device)
-    std = torch.full((horizon, 3), box, device=device)
-    best, lowest = None, torch.inf
-    for _ in range(iterations):
-        moves = mean + std * torch.randn(samples, horizon, 3, generator=random, device=device)
-        actions = torch.nn.functional.pad(moves.clamp(-box, box), (0, 4))               # [K, H, 7]
-        energy = energy_of(actions)
-        chosen = actions[energy.topk(elites, largest=False).indices]                    # [elites, H, 7], best first
-        mean, std = chosen[..., :3].mean(0), chosen[..., :3].std(0)
-        if energy.min() < lowest:
-            best, lowest = chosen[0], energy.min()
-    return Plan(best.cpu().numpy(), float(lowest), time.monotonic() - started)
+    try:
+        if "--from" in own:
+            folder = Path(own["--from"]).parent
+            arrays = load(own["--from"])
+        else:
+            cfg = config.load(args)
+            folder = Path(cfg.out_dir) / "energy"
+            arrays = analyse(cfg, [a for a in own.get("--adapters", "").split(",") if a], folder / "landscapes.npz")
+        print(compare.table(report(arrays, folder)))
+        print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; {time.monotonic() - started:.0f} s")
+    except (ValueError, OSError) as error:
+        sys.exit(f"energy.py: {error}")
 
 
-def gradient_plan(energy_of, horizon=1, starts=8, iterations=60, lr=0.005, box=0.075, seed=0, device="cpu"):
-    """Adam on the moves themselves, through the predictor, from zero and starts - 1 random points at once.
-
-    Arguments and result as for `cem`; energy_of must be differentiable; lr in metres."""
-    started = time.monotonic()
-    random = torch.Generator(device).manual_seed(seed)
-    moves = box * (2 * torch.rand(starts, horizon, 3, generator=random, device=device) - 1)
-    moves[0] = 0
-    moves.requires_grad_(True)
-    optimizer = torch.optim.Adam([moves], lr=lr)
-    best, lowest = None, torch.inf
-    for step in range(iterations + 1):
-        actions = torch.nn.functional.pad(moves, (0, 4))
-        energy = energy_of(actions)                                                     # [starts]
-        if energy.min() < lowest:
-            best, lowest = actions[energy.argmin()].detach().clone(), energy.min().detach()
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / (iterations + 1))
-        optimizer.zero_grad()
-        energy.sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            moves.clamp_(-box, box)
-    return Plan(best.cpu().numpy(), float(lowest), time.monotonic() - started)
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -156,11 +156,31 @@ def merge(module):
             raise ValueError(f"merge needs float32 base weights, {name} has {layer.weight.dtype}; "
                              "load the base with dtype=torch.float32")
     for name, layer in layers.items():
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(layer.weight + layer.scale * layer.lora_B @ layer.lora_A, False)
-        plain.bias = layer.bias
-        _replace(module, name, plain.train(layer.training))
+        _replace(module, name, _plain(layer, nn.Parameter(layer.weight + layer.scale * layer.lora_B @ layer.lora_A, False)))
     return layers
+
+
+def _plain(layer, weight):
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = weight, layer.bias
+    return plain.train(layer.training)
+
+
+@torch.no_grad()
+def update_norm(module):
+    """How large the adapters' update is against the weights: ||s B A|| / ||W|| over all adapted layers; 0 without any."""
+    update = weights = 0.0
+    for layer in _adapted(module).values():
+        gram = (layer.lora_B.double().T @ layer.lora_B.double()) * (layer.lora_A.double() @ layer.lora_A.double().T)
+        update += layer.scale ** 2 * gram.sum().item()                      # ||B A||² = sum(BᵀB ∘ AAᵀ)
+        weights += layer.weight.float().square().sum().item()
+    return (max(0.0, update) / weights) ** 0.5 if weights else 0.0
+
+
+def remove(module):
+    """Takes all adapters out, in place: the base model again, in its own tensors."""
+    for name, layer in _adapted(module).items():
+        _replace(module, name, _plain(layer, layer.weight))
 
 
 def unmerge(module, layers):

@@ -9,6 +9,7 @@ Released weights: https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt, 11.76
 predictor are 5.27 GB in fp32 and 2.63 GB in bf16. They are mapped, not read: the rest costs no memory.
 """
 import hashlib
+import os
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from vjepa2_src import Encoder, Predictor
 
 URL = "https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,6 +33,28 @@ SIZES = {
     "tiny": dict(encoder_dim=52, encoder_depth=2, encoder_heads=2,
                  predictor_dim=60, predictor_depth=3, predictor_heads=2, image_size=64),
 }
+
+
+def resolve_device(name=""):
+    """"", "cpu", "cuda" or "cuda:1" -> torch.device; "": a GPU if there is one. Raises ValueError."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))     # set by torchrun
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device is {device} and PyTorch sees {torch.cuda.device_count()} GPUs; use --device=cpu, "
+                             "fewer processes, or a CUDA build of PyTorch")
+    return device
+
+
+def resolve_precision(precision, device):
+    """A name in DTYPES, but fp16 for bf16 where bf16 runs four times slower (a T4 says it can)."""
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "fp16"
+    return precision
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def resolve_size(size):
@@ -76,14 +100,16 @@ def load(path, size, dtype=torch.float32, device="cpu"):
     """Both networks from a checkpoint, frozen, in eval mode -> encoder, predictor.
 
     path: the released .pt ({"encoder": …, "predictor": …, …}), or a flat .pt or .safetensors with
-    encoder.… and predictor.… names; any prefix such as module.backbone. is stripped.
+    encoder.… and predictor.… names; any prefix such as module.backbone. is stripped. "random": as `build`.
     Weights go tensor by tensor from the mapped file to `dtype` on `device`. Raises ValueError with the
     file and the cure if it is missing, cut short, holds code, or does not fit `size` name by name."""
+    if path == "random":
+        return build(size, dtype, device)
     parts = _empty(size)
     wanted = _full_names(*(part.state_dict() for part in parts))
-    with _open_checkpoint(path) as (shapes, read):
+    with _open_checkpoint(path) as (shapes, read, base):
         names = _match_names(path, shapes, wanted, size)            # our name -> the file's name
-        base = fingerprint({ours: read(theirs) for ours, theirs in names.items()})
+        base = base or fingerprint({ours: read(theirs) for ours, theirs in names.items()})
         for part, prefix in zip(parts, ("encoder.", "predictor.")):
             state = {ours.removeprefix(prefix): read(theirs).to(device=device, dtype=dtype, copy=True)
                      for ours, theirs in names.items() if ours.startswith(prefix)}
@@ -117,14 +143,17 @@ def _full_names(encoder_state, predictor_state):
 
 @contextmanager
 def _open_checkpoint(path):
-    """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file)."""
+    """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file, fingerprint that the file names).
+
+    A slim file names the fingerprint of the weights that it was rounded from, so that their adapters fit it."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint. Download the released one (11.8 GB) with: wget {URL} "
                          "— or try the code with --model.checkpoint=random")
     if str(path).endswith(".safetensors"):
         try:
             with safe_open(path, "pt") as file:
-                yield {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor
+                yield ({k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor,
+                       (file.metadata() or {}).get("base_fingerprint", ""))
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole .safetensors file ({error}); copy it again") from None
         return
@@ -139,7 +168,7 @@ def _open_checkpoint(path):
     if isinstance(file, dict) and isinstance(file.get("encoder"), dict):
         file = _full_names(file["encoder"], file.get("predictor") or {})
     tensors = {k: v for k, v in file.items() if torch.is_tensor(v)} if isinstance(file, dict) else {}
-    yield {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__
+    yield {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__, ""
 
 
 def _match_names(path, shapes, wanted, size):

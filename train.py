@@ -37,8 +37,6 @@ import droid
 import lora
 import model
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def lr_at(step, cfg):
     """Learning rate of a step, from 0: a pure function, so resuming needs no replay.
@@ -58,29 +56,20 @@ def train(cfg):
     # Devices. torchrun sets RANK and its kin.
     config.validate(cfg)
     ddp = "RANK" in os.environ
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = model.resolve_device(cfg.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device is {device} and PyTorch sees {torch.cuda.device_count()} GPUs; use --device=cpu, "
-                             "fewer processes, or a CUDA build of PyTorch")
         torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
-    precision = cfg.precision
-    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        precision = "fp16"          # bf16 runs there too, about four times slower
-    dtype = DTYPES[precision]
+    precision = model.resolve_precision(cfg.precision, device)
+    dtype = model.DTYPES[precision]
     out = Path(cfg.out_dir)
     start = _start_step(cfg, out, rank)
 
     # Model
     torch.manual_seed(cfg.seed)
-    if cfg.model.checkpoint == "random":
-        encoder, predictor = model.build(cfg.model.size, dtype, device)
-    else:
-        encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
     adapted = lora.inject(predictor, **asdict(cfg.lora))
     predictor.activation_checkpointing = cfg.activation_checkpointing
     world = model.WorldModel(encoder, predictor).train()
@@ -105,7 +94,7 @@ def train(cfg):
     if start:
         _load_state(out / f"step_{start}", cfg, rank, ranks, predictor, optimizer, scaler, loader)
     metrics = Metrics(cfg, out, start, rank)
-    metrics.say(f"commit {_commit()}, torch {torch.__version__}, {ranks} x {_device_name(device)}, {precision}"
+    metrics.say(f"commit {_commit()}, torch {torch.__version__}, {ranks} x {model.device_name(device)}, {precision}"
                 + (" (this GPU has no fast bf16)" if precision != cfg.precision else ""))
     n_trainable, n_total = sum(p.numel() for p in trainable), sum(p.numel() for p in world.parameters())
     metrics.say(f"{cfg.model.checkpoint}: {n_total:,} parameters, {n_trainable:,} trainable in {len(adapted)} adapted layers")
@@ -366,10 +355,6 @@ def _commit():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def main(args):
