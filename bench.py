@@ -4,11 +4,15 @@
     python bench.py load --model.size=tiny --file=/tmp/x.pt
     python bench.py data --data.path=FOLDER # clips per second from records or .npz to batches
     python bench.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
+    python bench.py energy --device=cuda    # 1,000 candidate actions, CEM and gradient planning, random weights
+    python bench.py analysis --cap=15 --precision=fp16      # all of energy.py: 16 pairs, two adapters, within 15 GiB
 
 load writes the file (unless it is there), reads encoder and predictor in a fresh process, and gives seconds, the size
-of the weights, and the peak of anonymous memory (what cannot be given back; the mapped file can).
+of the weights, and the peak of anonymous memory (what cannot be given back; the mapped file can). analysis writes
+random images and adapters under runs/bench. --cap=GIB limits PyTorch's share of the GPU.
 """
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,10 +21,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import config
 import droid
+import energy
+import lora
 import model
 
 
@@ -98,7 +105,90 @@ def precision(cfg):
     return out
 
 
+def landscapes(cfg, n=1000, repeats=5):
+    """Energies of one pair: `n` one-step candidates eager and compiled, both planners; ms, s, peak GiB."""
+    torch.manual_seed(cfg.seed)
+    device = model.resolve_device(cfg.device)
+    precision = model.resolve_precision(cfg.precision, device)
+    world = model.WorldModel(*model.build(cfg.model.size, model.DTYPES[precision], device))
+    energy.choose_adapter(world.predictor, "baseline", cfg.lora)
+    world.encoder.to("meta")
+    h = model.layer_norm(torch.randn(2, world.predictor.grid ** 2, world.predictor.predictor_embed.in_features, device=device))
+    states, chunk = torch.zeros(1, 7), energy.chunk_size(device, 1)
+    actions = 0.05 * torch.randn(n, 7)
+    out = {"device": model.device_name(device), "precision": precision, "chunk": chunk}
+
+    def evaluate():
+        return energy.landscape(world, h[:1], states, h[1], actions, chunk=chunk)
+
+    def timed(name):
+        started = time.monotonic()
+        before = evaluate().cpu()                           # compiles
+        out[f"{name}_first_s"] = time.monotonic() - started
+        times = []
+        for _ in range(repeats):
+            started = time.monotonic()
+            evaluate().cpu()
+            times.append(1e3 * (time.monotonic() - started))
+        out[f"{name}_ms"], out[f"{name}_spread_ms"] = sorted(times)[repeats // 2], max(times) - min(times)
+        if device.type == "cuda":
+            out[f"{name}_peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            torch.cuda.reset_peak_memory_stats()
+        return before
+
+    plain = timed("eager")
+    if device.type == "cuda":
+        energy.compile_blocks(world.predictor)
+        compiled = timed("compiled")
+        out["compiled_off_eager"], out["range"] = (compiled - plain).abs().max().item(), (plain.max() - plain.min()).item()
+
+    def energy_of(actions):
+        return energy.rollout(world, h[:1], states, h[1], actions, chunk)
+
+    e = cfg.energy
+    cem = [energy.cem(energy_of, 1, e.cem_samples, e.cem_iterations, e.cem_elites, device=device).seconds for _ in range(3)]
+    with energy.eager():
+        gradient = [energy.gradient_plan(energy_of, device=device).seconds for _ in range(3)]
+    return out | {"cem_s": sorted(cem)[1], "gradient_s": sorted(gradient)[1]}
+
+
+def analysis(cfg, n_episodes=8, n_frames=48):
+    """Seconds and peak GiB of `energy.analyse` for the baseline and two random adapters, on random images."""
+    folder = Path("runs/bench")
+    (folder / "npz").mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for i in range(n_episodes):
+        states = np.cumsum(random.normal(0, 0.004, (n_frames, 7)), axis=0)
+        images = random.integers(0, 256, (n_frames, 256, 256, 3)).astype(np.uint8)
+        np.savez(folder / f"npz/{i}.npz", observations=images, states=states.clip(-1, 1))
+    cfg.data.path, cfg.data.val_fraction, cfg.energy.min_move = str(folder / "npz"), 1.0, 0.0
+    cfg.data.clip_frames, cfg.data.clip_stride = 8, 1
+    cfg.model.checkpoint = "random"
+    torch.manual_seed(cfg.seed)
+    device = model.resolve_device(cfg.device)
+    _, predictor = model.build(cfg.model.size, model.DTYPES[model.resolve_precision(cfg.precision, device)], device)
+    lora.inject(predictor, **dataclasses.asdict(cfg.lora))
+    adapters = [folder / "step_1", folder / "step_2"]
+    for i, adapter in enumerate(adapters):
+        for layer in lora._adapted(predictor).values():
+            torch.nn.init.normal_(layer.lora_B, std=1e-3 * (i + 1))
+        lora.save(adapter, predictor)
+    del predictor
+    started = time.monotonic()
+    arrays = energy.analyse(cfg, adapters, folder / "landscapes.npz")
+    out = {"seconds": time.monotonic() - started, "pairs": len(arrays["episodes"]), "null": float(arrays["null_difference"]),
+           "cem_s": float(np.median(arrays["cem_seconds"])), "gradient_s": float(np.median(arrays["gradient_seconds"]))}
+    return out | ({"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {})
+
+
+COMMANDS = {"data": data, "precision": precision, "energy": landscapes, "analysis": analysis}
+
+
 def main(args):
+    cap = [float(a.removeprefix("--cap=")) for a in args if a.startswith("--cap=")]
+    args = [a for a in args if not a.startswith("--cap=")]
+    if cap:
+        torch.cuda.set_per_process_memory_fraction(cap[0] * 2 ** 30 / torch.cuda.get_device_properties(0).total_memory)
     command, args = args[0] if args else "", args[1:]
     path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
     cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
@@ -107,9 +197,10 @@ def main(args):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_released_layout(path, cfg.model.size)
         subprocess.run([sys.executable, __file__, command, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
-    elif command in ("load", "data", "precision"):
-        print(json.dumps(load(path, cfg.model.size) if command == "load" else data(cfg) if command == "data"
-                         else precision(cfg)))
+    elif command == "load":
+        print(json.dumps(load(path, cfg.model.size)))
+    elif command in COMMANDS:
+        print(json.dumps(COMMANDS[command](cfg)))
     else:
         sys.exit(__doc__)
 

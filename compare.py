@@ -15,6 +15,7 @@ import numpy as np
 from config import write_file
 from measures import AXES, bootstrap, calibration, contrast, metrics, resampled
 
+FEW = 5                 # episodes from which on an interval is taken at its word
 LABELS = {      # number: (what it is called, unit, digits)
     "argmin_error": ("minimum to truth", "cm", 2), "direction_cosine": ("direction cosine", "", 2),
     "length_ratio": ("length ratio", "", 2), "truth_in_range": ("truth in range", "share", 2),
@@ -127,9 +128,15 @@ def _calibrations(arrays, c):
     out = {}
     for group in inferred:
         fit = calibration(inferred[group], true[group])
-        low, high = resampled(lambda drawn: calibration(inferred[group][drawn], true[group][drawn])["angle"],
-                              arrays["episodes"], n=300)
-        out[group] = fit | {"angle_low": low, "angle_high": high}
+
+        def off(drawn):             # from the angle itself, so that ±180° is no seam
+            angle = calibration(inferred[group][drawn], true[group][drawn])["angle"]
+            return (angle - fit["angle"] + 180) % 360 - 180
+
+        low, high = resampled(off, arrays["episodes"], n=300)
+        if high - low > 270:        # all around: the minima have no common turn
+            fit["angle"] = low = high = np.nan
+        out[group] = fit | {"angle_low": fit["angle"] + low, "angle_high": fit["angle"] + high}
     return out
 
 
@@ -156,8 +163,8 @@ def remarks(arrays):
                          f"can be right; --energy.radius={np.ceil(100 * truth.max()) / 100:g} holds all")
     if len(set(arrays["episodes"].tolist())) < 2:
         lines.append(f"{P} pair{'s' * (P > 1)} of one episode: no interval can be given; more episodes are needed")
-    elif len(set(arrays["episodes"].tolist())) < 6:
-        lines.append(f"only {len(set(arrays['episodes'].tolist()))} episodes: the intervals are rough")
+    elif len(set(arrays["episodes"].tolist())) < FEW:
+        lines.append(f"only {len(set(arrays['episodes'].tolist()))} episodes: the intervals are rough, and no change is starred")
     return lines
 
 
@@ -194,7 +201,7 @@ def table(result, groups=None):
             lines.append(f"{'  change against ' + names[0]:<34}" + "".join(f"{name:>{width}}" for name in ["", *names[1:]]))
             for number in (n for n in shown if n not in ("truth_in_range", "reachable", "seconds")):
                 cells = [None] + [checkpoints[name]["change"][group][number] for name in names[1:]]
-                lines.append(_row(number, cells, result["pairs"], width, star=True))
+                lines.append(_row(number, cells, result["pairs"], width, star=result["episodes"] >= FEW))
     lines += ["", f"{'W*: turn from inferred to true':<34}" + "".join(f"{name:>{width}}" for name in names)]
     for group in checkpoints[names[0]]["calibration"]:
         fits = [checkpoints[name]["calibration"][group] for name in names]

@@ -251,8 +251,12 @@ def validate(cfg):
 
 def save(cfg, path):
     """Writes the resolved recipe as YAML; `load([path])` gives it back."""
-    text = yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False)
-    write_file(path, text.encode())
+    write_file(path, dump(cfg).encode())
+
+
+def dump(cfg):
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False)
 
 
 def _plain(value):

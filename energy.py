@@ -181,7 +181,8 @@ def analyse(cfg, adapters, path):
     if device.type == "cuda":
         compile_blocks(predictor)
     per_pair = _evaluations(cfg, arrays)
-    bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True, smoothing=0.05, disable=None)
+    hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
+    bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True, smoothing=0.05, disable=hidden)
     lora.remove(predictor)
     plane = e.planes[0]
     plain = landscape(world, h[0][:1], clips[0]["states"][:1], h[0][e.steps], arrays[f"actions_{plane}"][0], e.steps, chunk)

@@ -57,18 +57,19 @@ def _square(arrays, plane, c, p):
     return ticks, energy - energy.min()
 
 
-def _depth(arrays, plane, pairs):
-    """The highest energy above its panel's lowest one, over all panels: where the common scale ends."""
+def _depth(arrays, plane, pairs, share=1.0):
+    """The energy above its panel's lowest one that `share` of all points stay below: where the common scale ends."""
     energy = arrays[f"energy_{plane}"][:, pairs]
-    return np.nanmax(energy - energy.min(axis=2, keepdims=True)) or 1.0
+    return np.nanquantile(energy - energy.min(axis=2, keepdims=True), share) or 1.0
 
 
 def heat_maps(arrays, plane, pairs=None):
     """Rows are checkpoints, columns pairs. A cross marks the true action, a ring the minimum; a truth outside the grid
-    is an arrow at the edge that says how far out it lies."""
+    is an arrow at the edge that says how far it lies from no move. The highest 5 % of all points share the last colour,
+    lest one steep panel leave the others dark."""
     names = arrays["checkpoints"].tolist()
     pairs = list(range(min(N_PAIRS, len(arrays["episodes"])))) if pairs is None else pairs
-    depth, axes = _depth(arrays, plane, pairs), [AXES.index(axis) for axis in plane]
+    depth, axes = _depth(arrays, plane, pairs, share=0.95), [AXES.index(axis) for axis in plane]
     R, C = len(names), len(pairs)
     cell = min(1.4, 6.0 / C)
     with matplotlib.rc_context(STYLE):
@@ -80,7 +81,7 @@ def heat_maps(arrays, plane, pairs=None):
             image = panel.imshow(energy.T, cmap=MAP, vmin=0, vmax=depth, origin="lower",
                                  extent=(ticks[0] - half, ticks[-1] + half) * 2)
             lowest = np.unravel_index(energy.argmin(), energy.shape)
-            panel.plot(*ticks[list(lowest)], "o", ms=5, mfc="none", mec="white", mew=1.1)
+            panel.plot(*ticks[list(lowest)], "o", ms=5, mfc="none", mec="white", mew=1.1, clip_on=False)
             _mark_truth(panel, 100 * arrays["true_actions"][pairs[p], axes], ticks[-1] + half)
             if c == 0:
                 panel.set_title(f"pair {pairs[p] + 1}")
@@ -88,7 +89,7 @@ def heat_maps(arrays, plane, pairs=None):
                 panel.set_ylabel(f"{names[c]}\nΔ{plane[1]} (cm)")
             if c == R - 1:
                 panel.set_xlabel(f"Δ{plane[0]} (cm)")
-        bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.4 / R), aspect=14, pad=0.01)
+        bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.6 / R), aspect=14, pad=0.01, extend="max")
         bar.set_label("energy above the panel's minimum")
         handles = [matplotlib.lines.Line2D([], [], ls="", marker="P", mfc="#D55E00", mec="white", mew=0.5, ms=6),
                    matplotlib.lines.Line2D([], [], ls="", marker="o", mfc="none", mec="0.3", mew=1.1, ms=5)]
@@ -110,8 +111,9 @@ def surfaces(arrays, plane, pair=0):
     """One landscape as a surface, a panel a checkpoint, with one scale of height and colour."""
     names, depth = arrays["checkpoints"].tolist(), _depth(arrays, plane, [pair])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.4, 2.3 * len(names)), 2.5), layout="constrained")
+        figure = Figure(figsize=(max(3.4, 2.3 * len(names)), 2.4))
         panels = figure.subplots(1, len(names), squeeze=False, subplot_kw={"projection": "3d"})[0]
+        figure.subplots_adjust(left=0.02, right=0.96, bottom=0.08, top=0.86, wspace=0.08)
         for c, panel in enumerate(panels):
             ticks, energy = _square(arrays, plane, c, pair)
             x, y = np.meshgrid(ticks, ticks, indexing="ij")
@@ -120,16 +122,15 @@ def surfaces(arrays, plane, pair=0):
             truth = 100 * arrays["true_actions"][pair, [AXES.index(axis) for axis in plane]]
             if np.abs(truth).max() <= ticks[-1]:
                 panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, depth], color="#D55E00", lw=1.5, zorder=10)
-            panel.set(zlim=(0, depth), title=names[c])
+            panel.set(zlim=(0, depth))
+            panel.set_title(names[c], y=0.97)
             panel.set_xlabel(f"Δ{plane[0]} (cm)", labelpad=-6)
             panel.set_ylabel(f"Δ{plane[1]} (cm)", labelpad=-6)
             panel.tick_params(pad=-3)
             panel.zaxis.set_tick_params(pad=-1)
             panel.view_init(elev=38, azim=-60)
-            if c == len(panels) - 1:
-                panel.set_zlabel("energy above minimum", labelpad=-1)
-            panel.set_box_aspect(None, zoom=0.85)
-        figure.suptitle(f"pair {pair + 1}; the line stands at the true action", fontsize=7)
+            panel.set_box_aspect(None, zoom=0.95)
+        figure.suptitle(f"pair {pair + 1}: height is the energy above the minimum; the line stands at the true action", fontsize=7)
     return figure
 
 
@@ -186,6 +187,8 @@ def over_steps(result):
             panel.set_title(f"{compare.title(group)}\n{name}" + (f" ({unit})" if unit else ""))
             panel.spines[["top", "right"]].set_visible(False)
             panel.margins(x=0.08)
+            if len(steps) <= 4:
+                panel.set_xticks(steps)
         for panel in panels[len(shown):]:
             panel.remove()
         for panel in panels[max(0, len(shown) - columns):len(shown)]:

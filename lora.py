@@ -78,26 +78,31 @@ def adapter_state(module):
 
 
 def save(folder, module, base=""):
-    """Writes the adapters of `module` as a PEFT folder.
+    """Writes the adapters of `module` as a PEFT folder: `files`. Raises OSError if the disk is full."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, data in files(module, base).items():
+        write_file(Path(folder) / name, data)
+
+
+def files(module, base=""):
+    """{file name: bytes} of the PEFT folder of `module`'s adapters.
 
     base: path or name of the base model, for the reader. The base's fingerprint goes into the
-    safetensors header, where `load` checks it. Raises OSError if the disk is full."""
-    lora, folder = module.lora_config, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    safetensors header, where `load` checks it."""
+    lora = module.lora_config
     peft = dict(peft_type="LORA", task_type=None, inference_mode=True, base_model_name_or_path=base,
                 r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
                 target_modules=list(lora.targets), bias="none", fan_in_fan_out=False)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(module).items()}
     header = {"format": "pt", "base_fingerprint": getattr(module, "base_fingerprint", "")}
-    write_file(folder / "adapter_model.safetensors", to_safetensors(state, header))
-    write_file(folder / "adapter_config.json", json.dumps(peft, indent=2).encode())
+    return {"adapter_model.safetensors": to_safetensors(state, header),
+            "adapter_config.json": json.dumps(peft, indent=2).encode()}
 
 
-def load(module, folder):
-    """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if there are none yet.
+def read(folder):
+    """adapter_config.json, {PEFT's name: tensor} and the base's fingerprint ("" if unknown) of a PEFT LoRA folder.
 
-    Raises ValueError, before anything is changed, if the folder is incomplete, uses what plain LoRA has
-    not, was trained on another base, or has other layers or another rank than those already there."""
+    Raises ValueError if the folder is incomplete or uses what plain LoRA has not."""
     folder = Path(folder)
     try:
         peft = json.loads((folder / "adapter_config.json").read_text())
@@ -114,6 +119,15 @@ def load(module, folder):
     if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or extras:
         raise ValueError(f"{folder}: only plain LoRA is read, this adapter is {peft.get('peft_type')} with "
                          f"{', '.join(extras) or 'trained biases'}")
+    return peft, state, base
+
+
+def load(module, folder):
+    """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if there are none yet.
+
+    Raises ValueError, before anything is changed, if the folder is incomplete, uses what plain LoRA has
+    not, was trained on another base, or has other layers or another rank than those already there."""
+    peft, state, base = read(folder)
     ours = getattr(module, "base_fingerprint", "")
     if base and ours and base != ours:
         raise ValueError(f"{folder}: trained on another base model (fingerprint {base}, this one is {ours}); "

@@ -106,17 +106,29 @@ def load(path, size, dtype=torch.float32, device="cpu"):
     if path == "random":
         return build(size, dtype, device)
     parts = _empty(size)
-    wanted = _full_names(*(part.state_dict() for part in parts))
-    with _open_checkpoint(path) as (shapes, read, base):
-        names = _match_names(path, shapes, wanted, size)            # our name -> the file's name
-        base = base or fingerprint({ours: read(theirs) for ours, theirs in names.items()})
+    with open_checkpoint(path, size) as (names, read, base):
         for part, prefix in zip(parts, ("encoder.", "predictor.")):
-            state = {ours.removeprefix(prefix): read(theirs).to(device=device, dtype=dtype, copy=True)
-                     for ours, theirs in names.items() if ours.startswith(prefix)}
+            state = {name.removeprefix(prefix): read(name).to(device=device, dtype=dtype, copy=True)
+                     for name in names if name.startswith(prefix)}
             part.load_state_dict(state, assign=True)
             part.requires_grad_(False).eval()
     _mark(*parts, base)
     return parts
+
+
+@contextmanager
+def open_checkpoint(path, size):
+    """Yields (names encoder.… and predictor.…, read(name) -> tensor backed by the mapped file, the base's fingerprint).
+
+    Reads no tensor whole by itself. Raises as `load`."""
+    wanted = _full_names(*(part.state_dict() for part in _empty(size)))
+    with _mapped(path) as (shapes, tensor, base):
+        theirs = _match_names(path, shapes, wanted, size)           # our name -> the file's name
+
+        def read(name):
+            return tensor(theirs[name])
+
+        yield list(theirs), read, base or fingerprint({name: read(name) for name in theirs})
 
 
 def fingerprint(tensors):
@@ -142,7 +154,7 @@ def _full_names(encoder_state, predictor_state):
 
 
 @contextmanager
-def _open_checkpoint(path):
+def _mapped(path):
     """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file, fingerprint that the file names).
 
     A slim file names the fingerprint of the weights that it was rounded from, so that their adapters fit it."""
