@@ -2,13 +2,14 @@
 
     python bench.py load                    # a file of the released layout (11.76 GB, random) -> bf16 on the CPU
     python bench.py load --model.size=tiny --file=/tmp/x.pt
+    python bench.py slim                    # the same file -> a slim .safetensors, as export.py does
     python bench.py data --data.path=FOLDER # clips per second from records or .npz to batches
     python bench.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
     python bench.py energy --device=cuda    # 1,000 candidate actions, CEM and gradient planning, random weights
     python bench.py analysis --cap=15 --precision=fp16      # all of energy.py: 16 pairs, two adapters, within 15 GiB
 
-load writes the file (unless it is there), reads encoder and predictor in a fresh process, and gives seconds, the size
-of the weights, and the peak of anonymous memory (what cannot be given back; the mapped file can). analysis writes
+load and slim write the file (unless it is there), do their work in a fresh process, and give seconds, the size
+of the file, and the peak of anonymous memory (what cannot be given back; the mapped file can). analysis writes
 random images and adapters under runs/bench. --cap=GIB limits PyTorch's share of the GPU.
 """
 import copy
@@ -27,6 +28,7 @@ import torch
 import config
 import droid
 import energy
+import export
 import lora
 import model
 
@@ -48,8 +50,8 @@ def anonymous_gib():
     return int(status.split("RssAnon:")[1].split()[0]) / 2 ** 20
 
 
-def load(path, size):
-    """Loads to bf16 while a thread watches the memory -> dict of figures."""
+def in_memory(work, path):
+    """Runs `work` while a thread watches the memory -> dict of figures."""
     before, peak, done = anonymous_gib(), [0.0], threading.Event()
 
     def watch():
@@ -59,12 +61,12 @@ def load(path, size):
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    parts = model.load(path, size, torch.bfloat16)
+    result = work()                                     # kept: what it returns counts too
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30, "weights_gib": weights / 2 ** 30,
+    print(result if isinstance(result, str) else "")
+    return {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30,
             "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
 
 
@@ -192,13 +194,16 @@ def main(args):
     command, args = args[0] if args else "", args[1:]
     path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
     cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
-    if command == "load" and not os.environ.get("BENCH_CHILD"):
+    if command in ("load", "slim") and not os.environ.get("BENCH_CHILD"):
         if not Path(path).exists():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_released_layout(path, cfg.model.size)
         subprocess.run([sys.executable, __file__, command, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
     elif command == "load":
-        print(json.dumps(load(path, cfg.model.size)))
+        print(json.dumps(in_memory(lambda: model.load(path, cfg.model.size, torch.bfloat16), path)))
+    elif command == "slim":
+        target = f"{path}.slim.safetensors"
+        print(json.dumps(in_memory(lambda: export.slim(path, target, cfg.model.size, torch.bfloat16), target)))
     elif command in COMMANDS:
         print(json.dumps(COMMANDS[command](cfg)))
     else:

@@ -134,7 +134,7 @@ def _calibrations(arrays, c):
             return (angle - fit["angle"] + 180) % 360 - 180
 
         low, high = resampled(off, arrays["episodes"], n=300)
-        if high - low > 270:        # all around: the minima have no common turn
+        if high - low > 180:        # all around: the minima have no common turn
             fit["angle"] = low = high = np.nan
         out[group] = fit | {"angle_low": fit["angle"] + low, "angle_high": fit["angle"] + high}
     return out

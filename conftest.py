@@ -1,4 +1,12 @@
 """One thread a process: the networks of the tests are small, and threads that wait for a busy core cost minutes."""
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    import small
+    return small.write(tmp_path_factory.mktemp("base"))

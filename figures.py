@@ -167,7 +167,8 @@ def energy_over_distance(arrays):
 
 def over_steps(result):
     """Main numbers over training steps with their 95 % intervals; the baseline is step 0."""
-    points = sorted((c["training_step"], c) for c in result["checkpoints"].values() if c["training_step"] >= 0)
+    points = [(c["training_step"], c) for c in result["checkpoints"].values() if c["training_step"] >= 0]
+    points.sort(key=lambda point: point[0])
     steps, groups = [step for step, _ in points], points[0][1]["numbers"]
     plane = next((group for group in groups if group in ("xy", "xz", "yz", "xyz")), "model")
     wanted = [(plane, "argmin_error"), (plane, "rank"), (plane, "spearman"), (plane, "relative_range"),
@@ -182,7 +183,7 @@ def over_steps(result):
             cells = [c["numbers"][group][number] for _, c in points]
             mean, low, high = (np.array([np.nan if cell[key] is None else cell[key] for cell in cells]) for key in
                                ("mean", "low", "high"))
-            panel.errorbar(steps, mean, [mean - low, high - mean], fmt="o-", ms=3, capsize=2, color=COLOURS[1])
+            panel.errorbar(steps, mean, np.maximum(0, [mean - low, high - mean]), fmt="o-", ms=3, capsize=2, color=COLOURS[1])
             name, unit, _ = compare.label(number)
             panel.set_title(f"{compare.title(group)}\n{name}" + (f" ({unit})" if unit else ""))
             panel.spines[["top", "right"]].set_visible(False)

@@ -1,130 +1,20 @@
-"""The numbers of a landscape come out right where the answer is known, and undefined where there is none."""
+"""Energies equal the published ones, planners find minima, and the analysis measures what it says on real files."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from parity import SHARED, tiny
+from small import recipe
+
 
 import energy
+import lora
 import model
+from clips import apply_action, pose_deltas
+from plan import cem, gradient_plan
 
 TRUE = np.array([0.03, -0.05, 0.02, 0, 0, 0, 0])
-
-
-def quadratic(actions, centre=TRUE, turn=0.0, curvatures=(4.0, 16.0, 9.0)):
-    """Energy 1 + ½ dᵀHd around `centre`, with the eigenvectors turned about z."""
-    c, s = np.cos(turn), np.sin(turn)
-    R = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    d = (np.asarray(actions, float)[..., :3] - centre[:3]) @ R
-    return 1 + 0.5 * (d ** 2 * np.array(curvatures)).sum(-1)
-
-
-@pytest.mark.parametrize("axes, points", [("xy", 21), ("xz", 21), ("yz", 21), ("xyz", 11)])
-def test_every_number_of_a_quadratic_bowl(axes, points):
-    swept = ["xyz".index(a) for a in axes]
-    actions = energy.grid(axes, 0.1, points)
-    assert actions.shape == (points ** len(axes), 7)
-    curvatures = np.array((4.0, 16.0, 9.0))
-    out = energy.metrics(actions, quadratic(actions, turn=0.0), TRUE)
-    spacing = 0.2 / (points - 1)
-    assert out["argmin_error"] <= 100 * spacing / 2 * len(axes) ** 0.5 + 1e-6
-    assert out["truth_in_range"] == 1 and out["rank"] == 0 and out["top1"] == 1
-    assert out["direction_cosine"] > 0.98 and out["length_ratio"] == pytest.approx(1, abs=0.25)
-    assert out["local_minima"] == 1 and out["monotone_rays"] > 0.85
-    assert out["curvature_truth"] == pytest.approx(curvatures[swept].min(), rel=1e-3)
-    assert out["condition_truth"] == pytest.approx(curvatures[swept].max() / curvatures[swept].min(), rel=1e-3)
-
-
-def test_a_round_bowl_has_perfect_order_and_known_width():
-    actions = energy.grid("xy", 0.1, 81)
-    near_centre = TRUE * [0.1, 0.1, 0, 0, 0, 0, 0]
-    far = np.linalg.norm(actions[:, :2] - near_centre[:2], axis=1)
-    out = energy.metrics(actions, far, near_centre)             # a cone: half depth is a disc of half the reach
-    assert out["spearman"] == pytest.approx(1) and out["monotone_rays"] == 1
-    assert out["basin_width"] == pytest.approx(100 * far.max(), rel=0.02)
-    assert out["range"] == pytest.approx(np.ptp(far)) and out["std"] == pytest.approx(far.std())
-    rotated = energy.metrics(actions, quadratic(actions, turn=0.5, curvatures=(4, 16, 0)), TRUE)
-    assert rotated["curvature_argmin"] == pytest.approx(4, rel=1e-3)
-    assert rotated["condition_argmin"] == pytest.approx(4, rel=1e-3)
-    saddle = energy.metrics(actions, quadratic(actions, curvatures=(4, -4, 0)), TRUE)
-    assert saddle["curvature_truth"] == pytest.approx(-4, rel=1e-3) and np.isnan(saddle["condition_truth"])
-
-
-def test_the_minimum_elsewhere_is_seen():
-    """A landscape turned by 90°: the minimum is at the turned action, and the numbers say so."""
-    actions = energy.grid("xy", 0.12, 25)
-    turned = np.array([-TRUE[1], TRUE[0], 0, 0, 0, 0, 0])
-    out = energy.metrics(actions, quadratic(actions, turned), TRUE)
-    assert out["argmin_error"] == pytest.approx(100 * np.linalg.norm(turned[:2] - TRUE[:2]), abs=0.8)
-    assert out["direction_cosine"] == pytest.approx(0, abs=0.1) and out["length_ratio"] == pytest.approx(1, abs=0.1)
-    assert out["rank"] > 10 and out["spearman"] < 0.5
-
-
-def test_a_constant_landscape_says_nothing():
-    actions = energy.grid("xy", 0.1, 21)
-    out = energy.metrics(actions, np.full(len(actions), 0.7), TRUE)
-    assert all(np.isnan(v) for k, v in out.items() if k not in ("truth_in_range", "range", "std", "relative_range"))
-    rounding = 0.7 + 1e-8 * np.random.default_rng(0).normal(size=len(actions))
-    assert np.isnan(energy.metrics(actions, rounding, TRUE)["argmin_error"])
-
-
-def test_pure_noise_is_at_chance_or_undefined():
-    actions = energy.grid("xy", 0.1, 21)
-    random = np.random.default_rng(0)
-    outs = []
-    for _ in range(60):
-        truth = np.append(random.uniform(-0.1, 0.1, 2), np.zeros(5))
-        outs.append(energy.metrics(actions, 1 + 0.01 * random.normal(size=len(actions)), truth))
-    mean = {k: energy.bootstrap([o[k] for o in outs], np.arange(60)) for k in outs[0]}
-    assert mean["spearman"][1] < 0 < mean["spearman"][2]
-    assert mean["rank"][1] < 50 < mean["rank"][2]
-    assert np.mean([np.isnan(o["curvature_argmin"]) for o in outs]) > 0.9
-    assert np.mean([np.isnan(o["curvature_truth"]) for o in outs]) > 0.9
-    assert mean["monotone_rays"][0] < 0.1 and mean["local_minima"][0] > 20
-
-
-def test_a_truth_outside_the_range_is_said_and_not_clamped():
-    actions = energy.grid("xy", 0.05, 11)
-    far = np.array([0.3, 0, 0, 0, 0, 0, 0])
-    out = energy.metrics(actions, quadratic(actions, far), far)
-    assert out["truth_in_range"] == 0 and np.isnan(out["rank"]) and np.isnan(out["monotone_rays"])
-    assert out["argmin_error"] == pytest.approx(25, abs=0.01)
-
-
-def test_any_set_of_actions_has_the_numbers_that_need_no_grid():
-    actions = np.zeros((200, 7), np.float32)
-    actions[:, :3] = np.random.default_rng(0).uniform(-0.1, 0.1, (200, 3))
-    out = energy.metrics(actions, quadratic(actions, curvatures=(5, 5, 5)), TRUE)
-    assert out["spearman"] == pytest.approx(1) and np.isnan(out["curvature_argmin"]) and np.isnan(out["local_minima"])
-
-
-@pytest.mark.parametrize("degrees", [0, 30, -90, 175])
-def test_calibration_finds_the_camera_angle(degrees):
-    random, angle = np.random.default_rng(0), np.deg2rad(degrees)
-    R = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    true = random.uniform(-0.1, 0.1, (40, 2))
-    inferred = 0.6 * true @ R                                           # rows: turned by -angle and too short, so W* turns by +angle
-    out = energy.calibration(inferred, true)
-    assert out["angle"] == pytest.approx(degrees, abs=0.1)
-    assert out["condition"] == pytest.approx(1, abs=1e-6) and out["error"] == pytest.approx(0, abs=1e-6)
-    assert all(np.isnan(v) for v in energy.calibration(inferred[:2], true[:2]).values())
-    in_space = np.c_[true, random.uniform(-0.1, 0.1, 40)]
-    R3 = np.block([[R, np.zeros((2, 1))], [np.zeros((1, 2)), np.ones((1, 1))]])
-    assert energy.calibration(in_space @ R3, in_space)["angle"] == pytest.approx(abs(degrees), abs=0.1)
-
-
-def test_contrast_and_its_chance():
-    assert energy.contrast(0.1, [0.5, 0.6])["margin"] == pytest.approx(0.45)
-    assert energy.contrast(0.1, [0.5, 0.6, 0.7])["info_nce"] < np.log(4) < energy.contrast(0.7, [0.5, 0.6, 0.1])["info_nce"]
-    assert np.isnan(energy.contrast(0.5, [0.5, 0.5])["margin"]) and np.isnan(energy.contrast(0.5, [])["info_nce"])
-
-
-def test_bootstrap_draws_whole_episodes():
-    values = np.repeat([0.0, 1.0], 50)
-    by_pair = energy.bootstrap(values, np.arange(100))
-    by_episode = energy.bootstrap(values, np.repeat([0, 1], 50))
-    assert by_pair[0] == by_episode[0] == 0.5
-    assert by_pair[2] - by_pair[1] < 0.25 and by_episode[1:] == (0.0, 1.0)
-    assert energy.bootstrap([1.0, np.nan], ["a", "b"])[0] == 1 and np.isnan(energy.bootstrap([1.0], ["a"])[1])
 
 
 # Planning
@@ -133,7 +23,7 @@ def bowl(actions):
     return ((actions[..., :3].sum(1) - torch.tensor(TRUE[:3], dtype=torch.float32)) ** 2).sum(-1).sqrt()
 
 
-@pytest.mark.parametrize("planner", [energy.cem, energy.gradient_plan])
+@pytest.mark.parametrize("planner", [cem, gradient_plan])
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_planners_find_the_minimum_to_2_mm(planner, horizon):
     plan = planner(bowl, horizon=horizon)
@@ -144,7 +34,7 @@ def test_planners_find_the_minimum_to_2_mm(planner, horizon):
 
 
 def test_planners_stay_in_the_box_when_the_truth_is_outside():
-    for planner in (energy.cem, energy.gradient_plan):
+    for planner in (cem, gradient_plan):
         plan = planner(lambda a: (a[:, 0, 0] - 0.3) ** 2)
         assert plan.actions[0, 0] == pytest.approx(0.075)
 
@@ -167,8 +57,8 @@ def test_energies_equal_the_published_notebook(franka):
     expected = np.load(SHARED / "parity/tiny_energy.npz")
     energies = energy.landscape(world, h[:1], states[:1], h[1], expected["actions"])
     assert np.abs(energies.numpy() - expected["energy"]).max() < 1e-5
-    assert np.abs(energy.pose_deltas(states)[0] - expected["gt_action"]).max() < 1e-5
-    assert np.abs(energy.apply_action(states[0], expected["actions"]) - expected["next_state"]).max() < 1e-5
+    assert np.abs(pose_deltas(states)[0] - expected["gt_action"]).max() < 1e-5
+    assert np.abs(apply_action(states[0], expected["actions"]) - expected["next_state"]).max() < 1e-5
     grid = energy.grid("xyz", 0.075, 5)
     assert np.array_equal(grid, expected["actions"])
 
@@ -182,7 +72,7 @@ def test_several_steps_carry_state_and_latents_forward(franka):
             a = torch.from_numpy(action).view(1, 1, 7)
             s = torch.tensor(states[:1], dtype=torch.float32)[None]
             z1 = world.predict(h[None, :1], a, s)
-            after = torch.tensor(energy.apply_action(states[0], action), dtype=torch.float32).view(1, 1, 7)
+            after = torch.tensor(apply_action(states[0], action), dtype=torch.float32).view(1, 1, 7)
             z2 = world.predict(torch.cat([h[None, :1], z1], 1), torch.cat([a, a], 1), torch.cat([s, after], 1))[:, -1]
             assert (z2 - h[1]).abs().mean().item() == pytest.approx(value.item(), abs=1e-6)
     assert torch.allclose(energy.landscape(world, h[:1], states[:1], h[1], actions, steps=2, chunk=3), twice, atol=1e-6)
@@ -192,5 +82,190 @@ def test_both_planners_run_on_the_pair(franka):
     world, h, states = franka
     energy_of = lambda a: energy.rollout(world, h[:1], states[:1], h[1], a)     # noqa: E731
     still = energy_of(torch.zeros(1, 1, 7)).item()
-    assert energy.cem(energy_of, samples=24, iterations=2, elites=4).energy < still
-    assert energy.gradient_plan(energy_of, starts=2, iterations=4).energy < still
+    assert cem(energy_of, samples=24, iterations=2, elites=4).energy < still
+    assert gradient_plan(energy_of, starts=2, iterations=4).energy < still
+
+
+def test_the_gradient_through_several_steps_is_that_of_finite_differences(franka):
+    world, h, states = franka
+    action = torch.tensor([[[0.02, -0.03, 0.01, 0, 0, 0, 0], [-0.01, 0.02, 0.03, 0, 0, 0, 0]]])
+    energy_of = lambda a: energy.rollout(world, h[:1], states[:1], h[1], a)     # noqa: E731
+    action.requires_grad_(True)
+    slope, = torch.autograd.grad(energy_of(action).sum(), action)
+    with torch.no_grad():
+        for axis in range(3):
+            step = torch.zeros_like(action)
+            step[0, 0, axis] = 2e-2
+            measured = (energy_of(action + step) - energy_of(action - step)).item() / 4e-2
+            assert slope[0, 0, axis].item() == pytest.approx(measured, rel=0.03, abs=2e-4)
+
+
+# The analysis, on .npz trajectories with small weights
+
+FAST = ["--data.val_fraction=1", "--energy.grid=5", "--energy.planes=[xy, xz]", "--energy.cem_samples=20",
+        "--energy.cem_iterations=2", "--energy.cem_elites=4", "--energy.radius=0.1", "--energy.pairs=4"]
+
+
+def adapter(folder, rank=4, B=0.0, base=None):
+    _, predictor = tiny()
+    predictor.base_fingerprint = base
+    lora.inject(predictor, rank=rank)
+    torch.manual_seed(1)
+    for layer in lora._adapted(predictor).values():
+        torch.nn.init.normal_(layer.lora_B, std=B) if B else None
+    lora.save(folder, predictor)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fingerprint(base):
+    return model.load(base / "base.pt", "tiny")[0].base_fingerprint
+
+
+@pytest.fixture(scope="module")
+def analysed(base, fingerprint, tmp_path_factory):
+    """`energy.analyse` of the baseline, an adapter of zeros, and one of another rank that changes something."""
+    folder = tmp_path_factory.mktemp("analysed")
+    zero, other = adapter(folder / "step_0", B=0, base=fingerprint), adapter(folder / "step_20", rank=2, B=0.3, base=fingerprint)
+    cfg = recipe(base, folder, *FAST, "--energy.horizon=2", "--energy.steps=2", "--energy.planners=[cem]")
+    return cfg, folder, energy.analyse(cfg, [str(zero), str(other)], folder / "landscapes.npz")
+
+
+def test_an_adapter_of_zeros_gives_bit_identical_landscapes(analysed):
+    _, _, arrays = analysed
+    assert arrays["checkpoints"].tolist() == ["baseline", "step_0", "step_20"]
+    assert arrays["training_steps"].tolist() == [0, 0, 20] and arrays["null_difference"] == 0
+    for key, value in arrays.items():
+        if key.startswith(("energy_", "loss", "horizon_l1")) or key == "cem_moves":
+            assert np.array_equal(value[0], value[1], equal_nan=True) and not np.array_equal(value[0], value[2]), key
+    assert arrays["update_norm"][1] == 0 < arrays["update_norm"][2]
+
+
+def test_the_arrays_are_what_the_model_says(analysed, base):
+    cfg, folder, arrays = analysed
+    encoder, predictor = model.load(base / "base.pt", "tiny")
+    lora.load(predictor, folder / "step_20")
+    world = model.WorldModel(encoder, predictor.eval())
+    file = base / f"data/{arrays['episodes'][3]}"
+    every = np.load(file)
+    first = int(np.abs(every["states"][:, 0] - arrays["states"][3, 0, 0]).argmin())
+    frames = torch.from_numpy(every["observations"][first:first + 4]).permute(3, 0, 1, 2)[None]
+    h, states = world.encode(frames)[0], torch.from_numpy(every["states"][first:first + 4]).float()
+    assert np.array_equal(arrays["frames"][3], every["observations"][[first, first + 2]])       # the goal lies 2 steps on
+    own = energy.landscape(world, h[:1], states[:1], h[2], arrays["actions_xz"][3], steps=2)
+    assert np.abs(own.numpy() - arrays["energy_xz"][2, 3]).max() < 1e-5
+    truth = arrays["true_actions"][3]
+    assert truth[:3] == pytest.approx((every["states"][first + 2, :3] - every["states"][first, :3]) / 2, abs=1e-6)
+    after = apply_action(apply_action(states[0].numpy(), truth), truth)
+    assert pose_deltas(np.stack([after, states[2].numpy()]))[0] == pytest.approx(np.zeros(7), abs=1e-6)
+    at = energy.landscape(world, h[:1], states[:1], h[2], truth[None], steps=2)
+    assert at.item() == pytest.approx(arrays["energy_true"][2, 3], abs=1e-5)
+    actions = torch.from_numpy(pose_deltas(states.numpy())).float()[None]
+    z = world.predict(h[None, :1], actions[:, :1], states[None, :1])
+    assert (z[0, 0] - h[1]).abs().mean().item() == pytest.approx(arrays["horizon_l1"][2, 3, 0], abs=1e-5)
+    assert (h[3] - h[0]).abs().mean().item() == pytest.approx(arrays["horizon_copy"][3, 2], abs=1e-5)
+    z = world.predict(torch.cat([h[None, :1], z], 1), actions[:, :2], states[None, :2])[:, -1]
+    assert (z[0] - h[2]).abs().mean().item() == pytest.approx(arrays["horizon_l1"][2, 3, 1], abs=1e-5)
+    losses = world.losses(h[None], torch.nn.functional.pad(actions, (0, 0, 0, 1)), states[None], rollout=0)
+    assert losses["teacher_forcing"].item() == pytest.approx(arrays["loss"][2, 3], abs=1e-5)
+    assert arrays["oracle_energy"][3] == pytest.approx([(h[i] - h[2]).abs().mean().item() for i in (0, 1, 3)], abs=1e-5)
+    assert arrays["oracle_actions"][3, 2, :3] == pytest.approx((states[3] - states[0])[:3].numpy(), abs=1e-6)
+    assert arrays["true_moves"][3, 1] == pytest.approx((states[2] - states[0])[:3].numpy(), abs=1e-6)
+    own_moves = {tuple(np.round(a, 5)) for a in pose_deltas(states.numpy())[:2]}
+    assert not own_moves & {tuple(np.round(a, 5)) for a in arrays["negatives"][3]}              # others' moves only
+
+
+def test_the_command_line_and_again_without_a_model(base, fingerprint, analysed, tmp_path, capsys, monkeypatch):
+    _, folder, _ = analysed
+    recipe(base, tmp_path / "run", *FAST)                   # the settings are sound
+    args = ["config.yaml", f"--out_dir={tmp_path}/run", f"--model.checkpoint={base}/base.pt", "--model.size=tiny", "--device=cpu",
+            f"--data.path={base}/data", "--data.crop=none", "--data.frame_step=1", "--data.clip_frames=4", "--precision=fp32", *FAST]
+    energy.main([*args, f"--adapters=baseline,{folder}/step_0,{folder}/step_20"])
+    out = capsys.readouterr().out
+    assert "WARNING: step_0: B is zero in all its layers" in out and "4 pairs of 2 episodes" in out
+    assert "Δx–Δz" in out and "CEM, 1 step" in out and "baseline against itself: largest difference 0" in out
+    files = {path.name for path in (tmp_path / "run/energy").iterdir()}
+    assert files == {"landscapes.npz", "metrics.csv", "comparison.json", "landscapes_xy.png", "landscapes_xz.png",
+                     "surface_xy.png", "distance.png", "over_steps.png", "horizon.png"}
+    first = json.loads((tmp_path / "run/energy/comparison.json").read_text())
+    zero = first["checkpoints"]["step_0"]["change"]
+    assert all(cell["mean"] in (0, None) for group in zero.values() for name, cell in group.items() if name != "seconds")
+    monkeypatch.setattr(model, "load", None)
+    monkeypatch.setattr(model, "build", None)
+    (tmp_path / "run/energy/comparison.json").unlink()
+    energy.main([f"--from={tmp_path}/run/energy/landscapes.npz"])
+    assert json.loads((tmp_path / "run/energy/comparison.json").read_text()) == first
+
+
+def test_pairs_are_spread_over_episodes_and_must_move(base, tmp_path, capsys):
+    cfg = recipe(base, tmp_path, "--data.val_fraction=1", "--data.clip_stride=1", "--energy.pairs=5")
+    clips = energy.read_clips(cfg)
+    assert [clip["episode"] for clip in clips] == [f"episode_{i}.npz" for i in (0, 0, 1, 1, 2)]
+    assert clips[0]["states"][0, 0] == pytest.approx(np.load(base / "data/episode_0.npz")["states"][0, 0], abs=1e-6)
+    assert clips[1]["states"][-1, 0] == pytest.approx(np.load(base / "data/episode_0.npz")["states"][-1, 0], abs=1e-6)
+    cfg.energy.min_move = 0.08
+    moving = energy.read_clips(cfg)
+    assert all(torch.linalg.norm(c["states"][1, :3] - c["states"][0, :3]) >= 0.08 for c in moving)
+    assert "clips that move less than 8 cm" in capsys.readouterr().out
+    cfg.energy.min_move = 9.0
+    with pytest.raises(ValueError, match="in none of 54 clips the gripper moves 900 cm.*--energy.min_move"):
+        energy.read_clips(cfg)
+
+
+def test_the_real_pair_as_one_trajectory(franka, tmp_path, capsys):
+    """One pair only: values without intervals, and the true action of 13 cm outside the default grid."""
+    arguments = ["config.yaml", f"--data.path={SHARED}/data/franka_example_traj.npz", "--data.val_fraction=1",
+                 "--data.frame_step=1", "--data.clip_frames=2", "--rollout=1", "--data.crop=none", "--model.checkpoint=random", "--precision=fp32",
+                 "--model.size={encoder_dim: 52, encoder_depth: 2, encoder_heads: 2, predictor_dim: 60, predictor_depth: 3, "
+                 "predictor_heads: 2, image_size: 256}", "--device=cpu", f"--out_dir={tmp_path}", "--energy.grid=5",
+                 "--energy.cem_samples=16", "--energy.cem_iterations=2", "--energy.cem_elites=4"]
+    energy.main(arguments)
+    out = capsys.readouterr().out
+    assert "1 pair of one episode: no interval can be given" in out and "1 of 1 true actions lie outside ±7.5 cm" in out
+    assert "undefined" in out and (tmp_path / "energy/landscapes_xy.png").exists()
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda f, base: adapter(f / "step_9", B=0.1, base="0123"), "trained on another base model"),
+    (lambda f, base: adapter(f / "step_9", base=base).joinpath("adapter_model.safetensors").write_bytes(b"cut"),
+     "cut short or damaged"),
+    (lambda f, base: None, "not an adapter folder"),
+])
+def test_a_bad_adapter_ends_in_one_line_before_anything_is_computed(base, fingerprint, tmp_path, monkeypatch, spoil, says):
+    spoil(tmp_path, fingerprint)
+    monkeypatch.setattr(energy, "landscape", None)
+    with pytest.raises(SystemExit) as error:
+        energy.main(["config.yaml", f"--model.checkpoint={base}/base.pt", "--model.size=tiny", "--device=cpu",
+                     f"--data.path={base}/data", f"--out_dir={tmp_path}/run", f"--adapters={tmp_path}/step_9"])
+    assert says in str(error.value) and "step_9" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--data.clip_frames=3", "--energy.steps=3", "--rollout=1"], "set --data.clip_frames=4 or more"),
+    (["--data.val_fraction=0", "--val_every=0"], "--data.val_fraction=1 takes all"),
+    (["--data.path=/nowhere"], "/nowhere"), (["--data.frame_step=9"], "too short"),
+])
+def test_settings_that_leave_no_pair_end_in_one_line(base, tmp_path, args, says):
+    with pytest.raises(ValueError, match=says):
+        energy.read_clips(recipe(base, tmp_path, *args))
+
+
+def test_a_trajectory_without_states_is_named_and_the_others_are_used(base, tmp_path, capsys):
+    for i in range(3):
+        arrays = dict(np.load(base / f"data/episode_{i}.npz"))
+        if i == 1:
+            del arrays["states"]
+        np.savez(tmp_path / f"episode_{i}.npz", **arrays)
+    clips = energy.read_clips(recipe(base, tmp_path, f"--data.path={tmp_path}", "--data.val_fraction=1"))
+    assert {clip["episode"] for clip in clips} == {"episode_0.npz", "episode_2.npz"}
+    assert "episode_1.npz: has no array 'states'" in capsys.readouterr().err
+
+
+def test_damaged_landscapes_and_twice_the_same_folder(tmp_path):
+    (tmp_path / "landscapes.npz").write_bytes(b"PK\x03\x04 cut")
+    for path, says in (("landscapes.npz", "compute it again"), ("none.npz", "no such file")):
+        with pytest.raises(SystemExit, match=says):
+            energy.main([f"--from={tmp_path}/{path}"])
+    with pytest.raises(ValueError, match="twice"):
+        energy.names_of(["a/step_1", "a/step_1"])
+    assert energy.names_of(["a/step_1", "baseline", "b/step_1"]) == ["baseline", "a/step_1", "b/step_1"]

@@ -1,0 +1,31 @@
+"""What the tests of the loop, of export and of the analysis run on: a small base checkpoint and .npz trajectories."""
+import numpy as np
+import torch
+from parity import tiny
+
+import config
+
+
+def write(folder):
+    """base.pt in the released layout, with weights by formula, and data/episode_{0..5}.npz of 12 frames each."""
+    encoder, predictor = tiny()
+    parts = {name: {f"module.{k}": v for k, v in part.state_dict().items()}
+             for name, part in (("encoder", encoder), ("predictor", predictor))}
+    torch.save(parts, folder / "base.pt")
+    random = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for i in range(6):
+        poses = np.cumsum(random.normal(0, 0.05, (12, 7)), axis=0)
+        poses[:, 6] = 0.5
+        frames = random.integers(0, 256, (12, 4, 4, 3)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
+        np.savez(folder / f"data/episode_{i}.npz", observations=frames, states=poses)
+    return folder
+
+
+def recipe(base, out, *args):
+    return config.load([
+        "config.yaml", f"--out_dir={out}", f"--model.checkpoint={base}/base.pt", "--model.size=tiny", "--device=cpu",
+        f"--data.path={base}/data", "--data.crop=none", "--data.frame_step=1", "--data.clip_frames=4",
+        "--data.clip_stride=2", "--data.val_fraction=0.3", "--precision=fp32", "--batch_size=2", "--grad_accum=2",
+        "--max_steps=6", "--warmup_steps=2", "--lr=1e-2", "--log_every=1", "--val_every=3", "--val_batches=2",
+        "--save_every=100", "--lora.rank=4", *args])
