@@ -186,7 +186,7 @@ def table(result, groups=None):
     the same pairs; * where the interval of the change leaves zero out."""
     checkpoints = result["checkpoints"]
     names = list(checkpoints)
-    width = max(24, *(len(name) + 2 for name in names))
+    width = max(30, *(len(name) + 2 for name in names))
     setting = result["setting"]
     lines = [f"{result['pairs']} pairs of {result['episodes']} episodes; the goal lies {setting['steps']} x {setting['frame_step']} "
              "recorded frames after the context", "mean over pairs [95 % interval, whole episodes drawn with replacement]"]

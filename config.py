@@ -65,7 +65,7 @@ class EnergyConfig:
     planes: tuple[str, ...] = ("xy", "xz", "yz")
     radius: float = 0.075
     grid: int = 21
-    others: str = "zero"
+    others: str = "truth"
     planners: tuple[str, ...] = ("cem", "gradient")
     horizon: int = 1
     cem_samples: int = 800

@@ -206,7 +206,8 @@ def horizons(arrays):
         for c, name in enumerate(arrays["checkpoints"].tolist()):
             panel.plot(k, arrays["horizon_l1"][c].mean(axis=0), "o-", ms=3, color=COLOURS[c % 6], label=name)
         panel.plot(k, arrays["horizon_copy"].mean(axis=0), "k--", label="copy of the context")
-        panel.set(xlabel=f"frames ahead (steps of {int(arrays['frame_step'])} recorded frames)", ylabel="latent L1",
+        every = int(arrays["frame_step"])
+        panel.set(xlabel=f"frames ahead, {every} recorded frame{'s' * (every > 1)} each", ylabel="latent L1",
                   ylim=(0, None), xticks=k)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend()

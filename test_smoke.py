@@ -65,6 +65,25 @@ def test_torchrun_trains_on_records_with_two_processes(story, tmp_path):
     assert train.saved_steps(tmp_path / "run") == [2]
 
 
+def test_landscapes_and_the_package_from_the_command_line(story, tmp_path):
+    """energy.py and export.py package on the toy's run, on records, as the README gives them."""
+    out, here = story[0], os.getcwd()
+
+    def python(*args):
+        result = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, timeout=110,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    text = python(f"{here}/energy.py", f"{here}/config.yaml", f"{here}/toy.yaml", f"--adapters={out}/lora/step_60",
+                  f"--data.path={out}/data", f"--model.checkpoint={out}/base.pt", f"--out_dir={tmp_path}/run", "--energy.pairs=4",
+                  "--energy.planners=[cem]", "--energy.cem_iterations=2")
+    assert "Δx–Δy" in text and "step_60" in text and "WARNING" not in text
+    assert json.loads((tmp_path / "run/energy/comparison.json").read_text())["controls"]["null"] == 0
+    python(f"{here}/export.py", "package", f"{out}/lora", "--steps=0,60", "--trajectories=4")
+    assert "steps [0, 60]" in python(f"{here}/export.py", "verify", "checkpoints_for_colab.zip")
+
+
 def test_help_is_the_manual(capsys):
     train.main([])
     assert "torchrun --standalone" in capsys.readouterr().out
