@@ -172,6 +172,8 @@ def analyse(cfg, adapters, path):
     for name, norm in zip(names, norms):
         say(f"  {name}: update / weights {norm:.2e}"
             + (" WARNING: B is zero in all its layers, this is the baseline" if norm == 0 and name != "baseline" else ""))
+    if device.type == "cpu" and sum(p.numel() for p in world.parameters()) > 1e8:
+        say("no GPU: an action takes seconds at this size; --energy.pairs=1 --energy.grid=7 --energy.planners=[] is a start")
     clips = read_clips(cfg)
     h = [world.encode(clip["frames"][None].to(device))[0] for clip in clips]               # P x [T, N, D]
     encoder.to("meta")                                                                      # its memory is free again
