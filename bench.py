@@ -51,7 +51,7 @@ def anonymous_gib():
 
 
 def in_memory(work, path):
-    """Runs `work` while a thread watches the memory -> dict of figures."""
+    """Runs `work`, which returns networks or a message, while a thread watches the memory -> dict of figures."""
     before, peak, done = anonymous_gib(), [0.0], threading.Event()
 
     def watch():
@@ -61,13 +61,15 @@ def in_memory(work, path):
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.monotonic()
-    result = work()                                     # kept: what it returns counts too
+    result = work()                                     # kept: networks count too
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
-    print(result if isinstance(result, str) else "")
-    return {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30,
-            "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
+    out = {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30,
+           "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
+    if isinstance(result, str):
+        return out | {"message": result}
+    return out | {"weights_gib": sum(p.numel() * p.element_size() for part in result for p in part.parameters()) / 2 ** 30}
 
 
 def data(cfg, n=100):
@@ -114,7 +116,7 @@ def landscapes(cfg, n=1000, repeats=5):
     precision = model.resolve_precision(cfg.precision, device)
     world = model.WorldModel(*model.build(cfg.model.size, model.DTYPES[precision], device))
     energy.choose_adapter(world.predictor, "baseline", cfg.lora)
-    world.encoder.to("meta")
+    world.encoder = None
     h = model.layer_norm(torch.randn(2, world.predictor.grid ** 2, world.predictor.predictor_embed.in_features, device=device))
     states, chunk = torch.zeros(1, 7), energy.chunk_size(device, 1)
     actions = 0.05 * torch.randn(n, 7)

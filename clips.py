@@ -1,16 +1,16 @@
-"""From poses and images to clips: pose algebra, windows, crops, the split, and folders of .npz trajectories.
+"""From poses and images to clips: pose algebra, windows, crops, the split, and the order in which clips are read.
 
-An .npz trajectory holds `observations` [1, n, H, W, 3] or [n, H, W, 3] uint8 RGB and `states` [1, n, 7] or [n, 7]:
-x y z (m) and extrinsic xyz Euler angles (rad) of the end effector in the robot's base frame, gripper closedness 0..1;
-and, if it was cut from a longer one, the name of its `episode`. This is the way in for your own robot. Nothing here needs TensorFlow; droid.py reads DROID's records with it.
+Nothing here knows how episodes are stored: `Clips` asks a source, and droid.py and latents.py have three.
 """
+import atexit
+import queue
 import sys
-import zipfile
+import threading
 import zlib
 from collections import Counter
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from scipy.spatial.transform import Rotation
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from model import resolve_size
-
-EPISODES_PER_BLOCK = 16     # .npz episodes that are shuffled together and held in memory
+FILES_PER_ROUND = 16        # files that are shuffled together; resuming re-reads one round at most
 
 
 # Poses
@@ -131,17 +129,38 @@ def in_split(name, split, data):
     return (zlib.crc32(name.encode()) / 2 ** 32 < data.val_fraction) == (split == "val")
 
 
-# Loaders
+# The order of clips
+
+@dataclass
+class Episode:
+    """What a source says of an episode. images: whatever the source's `gather` takes."""
+    place: str                              # where it is stored, for messages
+    name: str
+    poses: np.ndarray                       # [n, 7]
+    images: object
+    joint_velocity: np.ndarray | None = None    # [n, J] rad/s
+    success: bool = True
+
 
 class Clips:
-    """What both loaders share: verdicts on episodes, and where the order stands."""
+    """Batches of clips from a source, in an order that the seed decides, and what became of each episode.
 
-    def __init__(self, cfg, split, shuffle, rank, world):
-        self.data, self.split, self.shuffle, self.seed = cfg.data, split, shuffle, cfg.seed
-        self.rank, self.world, self.batch_size = rank, world, cfg.batch_size
-        self.size = resolve_size(cfg.model.size)["image_size"]
-        self.verdicts = {}          # episode: "used", or why it is not
-        self.state = {}
+    Files are visited in rounds of FILES_PER_ROUND, in another order each epoch. An episode gives all its clips in one
+    visit, and a buffer of undecoded clips is shuffled. With 8 files or more per rank each rank reads its own files;
+    otherwise all ranks go through the same clips and rank r takes every world-th.
+
+    source: .files; .key, the batch's name of what it stores; .episodes(file) -> Episodes, and (place, why, name or "") for
+    damaged ones; .gather(images, first frame) -> what to keep of a clip; .decode(that) -> tensor, ValueError if broken."""
+
+    def __init__(self, source, cfg, split, shuffle, rank=0, world=1):
+        self.source, self.data, self.split, self.shuffle, self.seed = source, cfg.data, split, shuffle, cfg.seed
+        self.rank, self.batch_size = rank, cfg.batch_size
+        by_file = len(source.files) >= 8 * world
+        self.files = source.files[rank::world] if by_file else source.files
+        self.part, self.parts = (0, 1) if by_file else (rank, world)        # of the clips
+        self.rounds = -(-len(self.files) // FILES_PER_ROUND)
+        self.verdicts = {}          # place of an episode: "used", or why it is not
+        self.state = {"round": 0, "index": 0, "count": 0}       # the next clip: its round, place in it, number
 
     def state_dict(self):
         return dict(self.state)
@@ -149,21 +168,118 @@ class Clips:
     def load_state_dict(self, state):
         self.state = dict(state)
 
+    def __iter__(self):
+        """Batches, read ahead in a thread: frames [B, 3, T, S, S] uint8 or h [B, T, N, D], states and actions [B, T, 7]."""
+        if not self.shuffle:
+            self.state = {"round": 0, "index": 0, "count": 0}
+        for batch, state in ahead(self._batches(), n=4):
+            self.state = state
+            yield default_collate(batch)
+
+    def clips(self):
+        """One pass in order, for a loader without shuffling: as in a batch, without B, and the `episode`'s name."""
+        for _, clip, name in self._decoded(round=0, index=0, count=0):
+            yield {key: torch.as_tensor(value) for key, value in clip.items()} | {"episode": name}
+
+    def _batches(self):
+        """([clip], the state after them)"""
+        batch = []
+        for state, clip, _ in self._decoded(**self.state):
+            batch.append(clip)
+            if len(batch) == self.batch_size:
+                yield batch, state
+                batch = []
+        if batch:
+            yield batch, state
+
+    def _decoded(self, round, index, count):
+        """(the state after it, clip, episode) from there on, without the clips whose images are broken."""
+        for (number, i), (episode, images, states, actions) in self._order(round, index):
+            count += 1
+            if (count - 1) % self.parts != self.part:
+                continue
+            try:
+                images = self.source.decode(images)
+            except ValueError as error:
+                self.skip(episode.place, f"{error} ({episode.name})" if episode.name != episode.place else error)
+                continue
+            yield ({"round": number, "index": i + 1, "count": count},
+                   {self.source.key: images, "states": states, "actions": actions}, episode.name)
+
+    def _order(self, round, index):
+        """((round, index), clip) from there on: endless if shuffled, else one pass."""
+        for number in count(round) if self.shuffle else range(round, self.rounds):
+            if number >= round + self.rounds and "used" not in self.verdicts.values():
+                raise self.nothing()
+            skipped = index if number == round else 0
+            yield from (((number, i), clip) for i, clip in enumerate(islice(self._round(number), skipped, None), skipped))
+
+    def _round(self, number):
+        """The clips of round `number`, counted over all epochs, in their order."""
+        epoch, part = divmod(number, self.rounds)
+        files = self.files
+        if self.shuffle:
+            files = np.random.default_rng([self.seed, epoch]).permutation(files).tolist()
+        files = files[part * FILES_PER_ROUND:(part + 1) * FILES_PER_ROUND]
+        clips = (clip for file in files for episode in self.source.episodes(file) for clip in self._clips(episode))
+        if not self.shuffle:
+            yield from clips
+            return
+        rng, buffer = np.random.default_rng([self.seed, number, 1]), []
+        for clip in clips:
+            if len(buffer) < self.data.shuffle_buffer:
+                buffer.append(clip)
+                continue
+            i = rng.integers(len(buffer))
+            clip, buffer[i] = buffer[i], clip
+            yield clip
+        rng.shuffle(buffer)
+        yield from buffer
+
+    def _clips(self, episode):
+        """The clips of one episode: (episode, gathered images, states [T, 7], actions [T, 7]); none if it is left out."""
+        if isinstance(episode, tuple):
+            place, why, name = episode
+            if not name or in_split(name, self.split, self.data):
+                self.skip(place, f"{why} ({name})" if name not in ("", place) else why)
+            return
+        data, place = self.data, episode.place
+        if not in_split(episode.name, self.split, data):
+            return
+        if data.only_success and not episode.success:
+            self.verdicts[place] = "without /success/"
+            return
+        poses, stretches = episode.poses, [(0, len(episode.poses))]
+        if not np.isfinite(poses).all():
+            step = int(np.flatnonzero(~np.isfinite(poses).all(axis=1))[0])
+            self.skip(place, f"the pose of step {step} is not finite ({episode.name})")
+            return
+        if poses.shape[1] != 7:
+            self.skip(place, f"{poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, gripper ({episode.name})")
+            return
+        if data.drop_idle:
+            stretches = moving_stretches(episode.joint_velocity)
+        starts = clip_starts(stretches, data)
+        self.verdicts.setdefault(place, "used" if len(starts) else "too short")
+        about = replace(episode, images=None)                   # the buffer keeps what was gathered, not whole episodes
+        for start, states, actions in zip(starts, *clip_states_actions(poses, starts, data)):
+            yield about, self.source.gather(episode.images, start), states, actions
+
     def report(self):
         """One line: how many episodes were read, and what became of them."""
         counts = Counter(self.verdicts.values())
         parts = [f"{n} {what}" for what, n in counts.most_common()]
         return f"{len(self.verdicts)} episodes of this split" + (": " + ", ".join(parts) if parts else "")
 
-    def skip(self, episode, why):
+    def skip(self, place, why):
         """Names and counts a damaged episode. Raises ValueError when there are too many."""
-        if self.verdicts.get(episode) == "damaged":
+        if self.verdicts.get(place) == "damaged":
             return
-        self.verdicts[episode] = "damaged"
-        tqdm.write(f"left out: {episode}: {why}", file=sys.stderr)
+        self.verdicts[place] = "damaged"
+        tqdm.write(f"left out: {place}: {why}", file=sys.stderr)
         if sum(v == "damaged" for v in self.verdicts.values()) > self.data.max_bad_episodes:
             raise ValueError(f"{self.data.path}: more than {self.data.max_bad_episodes} damaged episodes, the last is "
-                             f"{episode}: {why}; repair the data or raise --data.max_bad_episodes")
+                             f"{place}: {why}; repair the data or raise --data.max_bad_episodes")
 
     def nothing(self):
         """The error of a pass over the data without a single clip."""
@@ -172,119 +288,41 @@ class Clips:
             f"{clip_span(self.data)} recorded frames: lower --data.clip_frames or --data.frame_step, or see "
             "--data.only_success, --data.drop_idle and --data.val_fraction")
 
-    def clips_of(self, name, poses, stretches=None):
-        """starts [K], states [K, T, 7], actions [K, T, 7] of an episode, whose verdict is kept; K may be 0."""
-        if not np.isfinite(poses).all():
-            step = int(np.flatnonzero(~np.isfinite(poses).all(axis=1))[0])
-            raise ValueError(f"the pose of step {step} is not finite")
-        if poses.shape[1] != 7:
-            raise ValueError(f"{poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, gripper")
-        starts = clip_starts([(0, len(poses))] if stretches is None else stretches, self.data)
-        self.verdicts.setdefault(name, "used" if len(starts) else "too short")
-        return starts, *clip_states_actions(poses, starts, self.data)
 
+def ahead(items, n):
+    """The items of a generator that runs in a thread, up to `n` of them ahead; what it raises is raised here."""
+    ready, stop = queue.Queue(n), threading.Event()
 
-class NpzClips(Clips):
-    """Clips of .npz trajectories. The order is one stream for all ranks; rank r takes every world-th clip."""
+    def put(value):
+        while not stop.is_set():
+            with suppress(queue.Full):
+                return ready.put(value, timeout=0.1)
 
-    def __init__(self, files, cfg, split, shuffle, rank, world):
-        super().__init__(cfg, split, shuffle, rank, world)
-        if self.data.drop_idle:
-            raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do not hold; set it to false")
-        self.episodes = []          # (file, starts, states, actions)
-        for file in files:
-            name = Path(file).name
-            if in_split(name, split, self.data):
-                try:
-                    starts, states, actions = self.clips_of(name, self._poses(file))
-                except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-                    self.skip(name, error)
-                    continue
-                if len(starts):
-                    self.episodes.append((file, starts, states, actions))
-        self.frames = lru_cache(EPISODES_PER_BLOCK)(self._frames)
-        self.state = {"clips": 0}   # taken so far by all ranks together
-        if shuffle and not self.episodes:
-            raise self.nothing()
-
-    def _poses(self, file):
-        """[n, 7] float64, after checking what can be checked without reading the images."""
-        with np.load(file) as arrays:
-            for key in ("observations", "states"):
-                if key not in arrays:
-                    raise ValueError(f"has no array {key!r}, only {', '.join(arrays)}")
-            with arrays.zip.open("observations.npy") as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(stream)
-            poses = np.asarray(arrays["states"], np.float64)
-        poses = poses[0] if poses.ndim == 3 and len(poses) == 1 else poses
-        shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-            raise ValueError(f"observations are {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
-        if poses.ndim != 2 or poses.shape[1] != 7:
-            raise ValueError(f"states are {list(poses.shape)}, expected [n, 7]: x y z, Euler angles, gripper")
-        if len(poses) != shape[0]:
-            raise ValueError(f"{shape[0]} images and {len(poses)} states, expected the same number")
-        return poses
-
-    def _frames(self, file):
-        """The episode's frames on the grid of frame_step, cropped: [n, S, S, 3] uint8."""
-        with np.load(file) as arrays:
-            frames = arrays["observations"]
-        frames = frames[0] if frames.ndim == 5 else frames
-        return crop_frames(frames[::self.data.frame_step], self.data.crop, self.size)
-
-    def order(self, first):
-        """(episode, window) from the global position `first` on: endless if shuffled, else one pass."""
-        n_clips = [len(starts) for _, starts, _, _ in self.episodes]
-        epoch, skipped = divmod(first, max(1, sum(n_clips)))
-        for epoch in count(epoch):
-            rng = np.random.default_rng([self.seed, epoch])
-            episodes = rng.permutation(len(n_clips)) if self.shuffle else np.arange(len(n_clips))
-            clips = []
-            for i in range(0, len(episodes), EPISODES_PER_BLOCK):
-                block = [(e, k) for e in episodes[i:i + EPISODES_PER_BLOCK] for k in range(n_clips[e])]
-                if self.shuffle:
-                    rng.shuffle(block)
-                clips += block
-            yield from clips[skipped:]
-            skipped = 0
-            if not self.shuffle:
-                return
-
-    def clips(self):
-        for episode, k in self.order(0):
-            file, *clip = self.episodes[episode]
-            clip = self._clip(file, *clip, k)
-            if clip is not None:
-                with np.load(file) as arrays:
-                    name = str(arrays["episode"]) if "episode" in arrays else Path(file).name
-                yield clip | {"episode": name}
-
-    def __iter__(self):
-        taken, batch, lost = self.state["clips"] if self.shuffle else 0, [], 0
-        for episode, k in islice(self.order(taken), self.rank, None, self.world):
-            taken += self.world
-            clip = self._clip(*self.episodes[episode], k)
-            lost = lost + 1 if clip is None else 0
-            if clip is not None:
-                batch.append(clip)
-            elif lost > sum(len(starts) for _, starts, _, _ in self.episodes):      # a whole epoch
-                raise self.nothing()
-            if len(batch) == self.batch_size:
-                self.state = {"clips": taken}
-                yield default_collate(batch)
-                batch = []
-        if batch:
-            yield default_collate(batch)
-
-    def _clip(self, file, starts, states, actions, k):
+    def run():
         try:
-            frames = self.frames(file)
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            self.skip(Path(file).name, error)
-            return None
-        first = starts[k] // self.data.frame_step
-        return {"frames": frames[first:first + self.data.clip_frames].permute(3, 0, 1, 2),  # [3, T, S, S]
-                "actions": torch.from_numpy(actions[k]), "states": torch.from_numpy(states[k])}
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except Exception as error:                      # handed over, not swallowed
+            put((None, error))
+
+    def end():
+        stop.set()
+        thread.join()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    atexit.register(end)                                # TensorFlow aborts if it is still at work when Python ends
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield item
+    finally:
+        atexit.unregister(end)
+        end()

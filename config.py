@@ -6,6 +6,7 @@ Strict: an unknown key, a wrong type or a contradiction raises ValueError with o
 and the cure. `""` and `0` mean off. config.yaml says what each key means and in which unit.
 """
 import difflib
+import io
 import os
 import re
 import time
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 
@@ -53,6 +55,7 @@ class DataConfig:
     val_fraction: float = 0.1
     shuffle_buffer: int = 512
     max_bad_episodes: int = 10
+    latents: str = ""
     keys: KeysConfig = field(default_factory=KeysConfig)
 
 
@@ -263,6 +266,13 @@ def _plain(value):
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def write_npz(path, **arrays):
+    """As np.savez_compressed, by way of `write_file`."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    write_file(path, data.getbuffer())
 
 
 def write_file(path, data):

@@ -4,35 +4,31 @@
         batch["frames"]     # [B, 3, T, S, S] uint8 RGB, T frames `frame_step` recorded frames apart
         batch["states"]     # [B, T, 7] float32: x y z (m), extrinsic xyz Euler (rad), gripper 0..1; base frame
         batch["actions"]    # [B, T, 7] float32: change of state to the next clip frame
-    for clip in droid.create_dataloader(cfg, "val", shuffle=False).clips():     # the same, one by one
-        clip["episode"]     # its name
-
+    for clip in droid.create_dataloader(cfg, "val", shuffle=False).clips():     # the same, one by one,
+        clip["episode"]                                                         # with the episode's name
 
 Actions come from the observed poses, never from the recorded commands. The last action of a clip leads to a frame
 outside it: the true change when the episode has that frame, else zeros.
+
+An .npz trajectory holds `observations` [1, n, H, W, 3] or [n, H, W, 3] uint8 RGB and `states` [1, n, 7] or [n, 7] as above, and,
+if it was cut from a longer one, the name of its `episode`. This is the way in for your own robot; it needs no TensorFlow.
 
 A damaged episode is named, counted and left out; more than data.max_bad_episodes stop the run. The train/validation
 split is a hash of the episode's name. Each rank reads clips of its own. `state_dict` says where the order stands
 after the last batch handed out, and `load_state_dict` goes on from there: the same seed gives the same clips.
 """
-import atexit
 import glob
 import os
-import queue
-import threading
-from contextlib import suppress
-from itertools import count, islice
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.utils.data import default_collate
 
-from clips import (Clips, NpzClips, apply_action, clip_span, crop_frames, in_split, moving_stretches,  # noqa: F401
-                   pose_deltas)
+from clips import Clips, Episode, apply_action, clip_span, crop_frames, pose_deltas  # noqa: F401
+from model import resolve_size
 
-FILES_PER_ROUND = 16        # shards that are shuffled together; resuming re-reads one round at most
 RECORD_FRAME = 12 + 4       # bytes around each record: length and its checksum before, the data's checksum behind
 
 
@@ -42,13 +38,97 @@ def create_dataloader(cfg, split="train", shuffle=True):
     shuffle: endless and shuffled; otherwise one pass in order, the last batch smaller.
     Raises ValueError (here or while iterating) with the file or key and the cure."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    path = cfg.data.path
-    if path.startswith("gs://"):
-        return RldsClips(_list_shards(cfg), cfg, split, shuffle, *ranks)
-    files = sorted(glob.glob(f"{path}/*.npz" if Path(path).is_dir() else path))
-    if files and all(file.endswith(".npz") for file in files):
-        return NpzClips(files, cfg, split, shuffle, *ranks)
-    return RldsClips(_list_shards(cfg), cfg, split, shuffle, *ranks)
+    return Clips(open_source(cfg), cfg, split, shuffle, *ranks)
+
+
+def open_source(cfg):
+    """The files of data.path as a source for `Clips`. Raises ValueError if there are none, or keys that they do not have."""
+    if cfg.data.latents:
+        from latents import Latents         # which reads its episodes with this module
+        return Latents(cfg)
+    path, size = cfg.data.path, resolve_size(cfg.model.size)["image_size"]
+    if not path.startswith("gs://"):
+        files = sorted(glob.glob(f"{path}/*.npz" if Path(path).is_dir() else path))
+        if files and all(file.endswith(".npz") for file in files):
+            return NpzFiles(files, cfg.data, size)
+    return RldsFiles(_list_shards(cfg), cfg.data, size, anonymous=not cfg.gcs_dir)
+
+
+class NpzFiles:
+    """A source for `Clips`: one episode a file. Its images are read when its first clip is, and kept while a clip of it
+    waits to be read."""
+    key = "frames"
+
+    def __init__(self, files, data, size):
+        self.files, self.data, self.size = files, data, size
+        if data.drop_idle:
+            raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do not hold; set it to false")
+
+    def episodes(self, file):
+        place = Path(file).name
+        try:
+            name, poses = self._poses(file)
+            yield Episode(place, name, poses, _Once(lambda: self._frames(file)))
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            yield place, error, ""
+
+    def size_of(self, file):
+        return Path(file).stat().st_size
+
+    def every_frame(self, images):
+        """Of an episode's images, those on the grid of frame_step: [n, S, S, 3] uint8. Raises ValueError if broken."""
+        return images()
+
+    def gather(self, images, start):
+        return images, start // self.data.frame_step
+
+    def decode(self, clip):
+        images, first = clip
+        return images()[first:first + self.data.clip_frames].permute(3, 0, 1, 2)            # [3, T, S, S]
+
+    def _poses(self, file):
+        """The episode's name and [n, 7] float64, after checking what can be checked without reading the images."""
+        with np.load(file) as arrays:
+            for key in ("observations", "states"):
+                if key not in arrays:
+                    raise ValueError(f"has no array {key!r}, only {', '.join(arrays)}")
+            with arrays.zip.open("observations.npy") as stream:
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stream)
+            poses = np.asarray(arrays["states"], np.float64)
+            name = str(arrays["episode"]) if "episode" in arrays else Path(file).name
+        poses = poses[0] if poses.ndim == 3 and len(poses) == 1 else poses
+        shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+            raise ValueError(f"observations are {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
+        if poses.ndim != 2 or poses.shape[1] != 7:
+            raise ValueError(f"states are {list(poses.shape)}, expected [n, 7]: x y z, Euler angles, gripper")
+        if len(poses) != shape[0]:
+            raise ValueError(f"{shape[0]} images and {len(poses)} states, expected the same number")
+        return name, poses
+
+    def _frames(self, file):
+        """The episode's frames on the grid of frame_step, cropped: [n, S, S, 3] uint8."""
+        try:
+            with np.load(file) as arrays:
+                frames = arrays["observations"]
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(str(error)) from None
+        frames = frames[0] if frames.ndim == 5 else frames
+        return crop_frames(frames[::self.data.frame_step], self.data.crop, self.size)
+
+
+class _Once:
+    """A function's value, computed at the first call."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __call__(self):
+        if self.compute:
+            self.value, self.compute = self.compute(), None
+        return self.value
 
 
 def tensorflow(anonymous=True):
@@ -80,94 +160,40 @@ def _list_shards(cfg):
     return files
 
 
-class RldsClips(Clips):
-    """Clips of TFRecord episodes. tf.data reads the records, TensorFlow parses and decodes them, in a thread of its own.
+class RldsFiles:
+    """A source for `Clips`: TFRecord shards. tf.data reads the records, TensorFlow parses and decodes them."""
+    key = "frames"
 
-    Shards are visited in rounds of FILES_PER_ROUND, in an order that the seed and the epoch decide. An episode gives
-    all its clips in one visit, and a buffer of JPEG bytes is shuffled, not of images. With 8 shards or more per rank
-    each rank reads its own shards, otherwise its own records."""
-
-    def __init__(self, files, cfg, split, shuffle, rank, world):
-        super().__init__(cfg, split, shuffle, rank, world)
-        self.tf = tensorflow(anonymous=not cfg.gcs_dir)
-        by_shard = len(files) >= 8 * world
-        self.files = files[rank::world] if by_shard else files
-        self.part, self.parts = (0, 1) if by_shard else (rank, world)       # of the records
-        self.image_key = self.data.keys.image.replace("{camera}", self.data.camera)
-        self.rounds = -(-len(self.files) // FILES_PER_ROUND)
-        self.state = {"round": 0, "index": 0}                               # the next clip's place in the order
-        self.decode = self.tf.function(self._decode, autograph=False, input_signature=[
-            self.tf.TensorSpec([self.data.clip_frames], self.tf.string)])
+    def __init__(self, files, data, size, anonymous=True):
+        self.files, self.data, self.size = files, data, size
+        self.tf = tensorflow(anonymous)
+        self.image_key = data.keys.image.replace("{camera}", data.camera)
+        self.decode_images = self.tf.function(self._decode_images, autograph=False, input_signature=[
+            self.tf.TensorSpec([None], self.tf.string)])
         self._check_keys()
 
-    def __iter__(self):
-        if not self.shuffle:
-            self.state = {"round": 0, "index": 0}
-        for batch, state in _ahead(self._batches(), n=4):
-            self.state, batch = state, default_collate(batch)
-            yield batch | {"frames": batch["frames"].permute(0, 4, 1, 2, 3)}            # [B, 3, T, S, S]
+    def size_of(self, file):
+        return self.tf.io.gfile.stat(file).length
 
-    def clips(self):
-        for _, clip, name in self._decoded(round=0, index=0):
-            clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | {"frames": clip["frames"].permute(3, 0, 1, 2), "episode": name}    # [3, T, S, S]
+    def every_frame(self, images):
+        return self.decode_frames(images[::self.data.frame_step].tolist())
 
-    def _batches(self):
-        """([clip], the state after them)"""
-        batch = []
-        for (number, index), clip, _ in self._decoded(**self.state):
-            batch.append(clip)
-            if len(batch) == self.batch_size:
-                yield batch, {"round": number, "index": index + 1}
-                batch = []
-        if batch:
-            yield batch, {"round": number, "index": index + 1}
+    def gather(self, images, start):
+        return images[start:start + clip_span(self.data):self.data.frame_step].tolist()     # JPEG bytes [T]
 
-    def _decoded(self, round, index):
-        """(place in the order, clip, episode) from there on, without the clips whose images are broken."""
-        for place, clip in self._order(round, index):
-            try:
-                frames = self.decode(clip["frames"]).numpy()                # [T, H, W, 3] uint8
-            except self.tf.errors.InvalidArgumentError:
-                self.skip(clip["record"], f"an image cannot be decoded, its clips are left out ({clip['name']})")
-                continue
-            frames = crop_frames(frames, self.data.crop, self.size)         # [T, S, S, 3]
-            yield place, {"frames": frames, "states": clip["states"], "actions": clip["actions"]}, clip["name"]
+    def decode(self, images):
+        return self.decode_frames(images).permute(3, 0, 1, 2)                               # [3, T, S, S]
 
-    def _order(self, round, index):
-        """((round, index), clip) from there on: endless if shuffled, else one pass."""
-        for number in count(round) if self.shuffle else range(round, self.rounds):
-            if number >= round + self.rounds and "used" not in self.verdicts.values():
-                raise self.nothing()
-            skipped = index if number == round else 0
-            for i, clip in enumerate(islice(self._round(number), skipped, None), skipped):
-                yield (number, i), clip
-
-    def _round(self, number):
-        """The clips of round `number`, counted over all epochs, in their order."""
-        epoch, part = divmod(number, self.rounds)
-        files = self.files
-        if self.shuffle:
-            files = np.random.default_rng([self.seed, epoch]).permutation(files).tolist()
-        files = files[part * FILES_PER_ROUND:(part + 1) * FILES_PER_ROUND]
-        clips = (clip for file in files for number, record in self._records(file)
-                 for clip in self._clips(file, number, record))
-        if not self.shuffle:
-            yield from clips
-            return
-        rng, buffer = np.random.default_rng([self.seed, number, 1]), []
-        for clip in clips:
-            if len(buffer) < self.data.shuffle_buffer:
-                buffer.append(clip)
-                continue
-            i = rng.integers(len(buffer))
-            clip, buffer[i] = buffer[i], clip
-            yield clip
-        rng.shuffle(buffer)
-        yield from buffer
+    def decode_frames(self, images):
+        """JPEG or PNG bytes [T] -> cropped [T, S, S, 3] uint8. Raises ValueError for a broken image."""
+        try:
+            frames = self.decode_images(images).numpy()                                     # [T, H, W, 3]
+        except self.tf.errors.InvalidArgumentError:
+            raise ValueError("an image cannot be decoded, its clips are left out") from None
+        return crop_frames(frames, self.data.crop, self.size)
 
     def _records(self, file):
-        """(number, string tensor) of the whole records of a shard; reads on behind a damaged one, which is named."""
+        """(number, string tensor) of the whole records of a shard, and (number, why) for damaged ones; reads on behind."""
         tf, offset, number = self.tf, 0, 0
 
         def read_from(file, offset):
@@ -192,57 +218,47 @@ class RldsClips(Clips):
                 length = int.from_bytes(stream.read(8), "little")
             after = offset + RECORD_FRAME + length
             whole = length > 0 and after <= size
-            self.skip(f"{file} record {number}", "its checksum is wrong: it was altered on the way; fetch it again" if whole
-                      else f"the file ends or breaks at byte {offset} of {size}: the rest is lost; fetch it again")
+            yield number, ("its checksum is wrong: it was altered on the way; fetch it again" if whole
+                           else f"the file ends or breaks at byte {offset} of {size}: the rest is lost; fetch it again")
             if not whole:
                 return
             offset, number = after, number + 1
 
-    def _clips(self, file, number, record):
-        """The clips of one record: JPEG bytes [T], states [T, 7], actions [T, 7]; none if it is left out."""
-        tf, data, keys = self.tf, self.data, self.data.keys
-        if (self.files.index(file) + number) % self.parts != self.part:
-            return
-        velocity = keys.joint_velocity if data.drop_idle else ""
+    def episodes(self, file):
+        """Its Episodes, images as JPEG bytes [n], and (place, why) for what cannot be read."""
+        tf, keys = self.tf, self.data.keys
+        velocity = keys.joint_velocity if self.data.drop_idle else ""
         numbers = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
         features = {key: numbers for key in (keys.pose, keys.gripper, velocity) if key}
         features[self.image_key] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
         if keys.episode:
             features[keys.episode] = tf.io.FixedLenFeature([], tf.string, "")
-        place, name = f"{file} record {number}", f"{Path(file).name}:{number}"
-        try:
-            episode = {key: value.numpy() for key, value in tf.io.parse_single_example(record, features).items()}
-            if keys.episode:
-                name = episode[keys.episode].decode()
-            if not in_split(name, self.split, data):
-                return
-            if keys.episode and data.only_success and "/success/" not in name:
-                self.verdicts[place] = "without /success/"
-                return
-            images = episode[self.image_key]                                                # [n] bytes
-            poses = _per_step(episode, keys.pose, len(images))
-            if keys.gripper:
-                poses = np.concatenate([poses, _per_step(episode, keys.gripper, len(images))], axis=1)
-            stretches = [(0, len(images))]
-            if data.drop_idle:
-                stretches = moving_stretches(_per_step(episode, velocity, len(images)))
-            starts, states, actions = self.clips_of(place, poses.astype(np.float64), stretches)
-        except tf.errors.InvalidArgumentError:
-            self.skip(place, "not a tf.train.Example with the types that data.keys expects")
-            return
-        except ValueError as error:
-            self.skip(place, f"{error} ({name})")
-            return
-        for k, start in enumerate(starts):
-            frames = images[start:start + clip_span(data):data.frame_step]
-            yield {"frames": frames.tolist(), "states": states[k], "actions": actions[k],
-                   "record": place, "name": name}
+        for number, record in self._records(file):
+            place, name = f"{file} record {number}", f"{Path(file).name}:{number}"
+            if isinstance(record, str):
+                yield place, record, ""
+                continue
+            try:
+                values = {key: value.numpy() for key, value in tf.io.parse_single_example(record, features).items()}
+                if keys.episode:
+                    name = values[keys.episode].decode()
+                images = values[self.image_key]                                             # [n] bytes
+                poses = _per_step(values, keys.pose, len(images))
+                if keys.gripper:
+                    poses = np.concatenate([poses, _per_step(values, keys.gripper, len(images))], axis=1)
+                yield Episode(place, name, poses.astype(np.float64), images,
+                              _per_step(values, velocity, len(images)) if velocity else None,
+                              success=not keys.episode or "/success/" in name)
+            except tf.errors.InvalidArgumentError:
+                yield place, "not a tf.train.Example with the types that data.keys expects", ""
+            except ValueError as error:
+                yield place, error, name
 
-    def _decode(self, images):
+    def _decode_images(self, images):
         """JPEG or PNG bytes [T] -> uint8 [T, H, W, 3]; raises InvalidArgumentError for a broken image."""
         tf = self.tf
-        return tf.stack([tf.io.decode_jpeg(images[t], channels=3, dct_method="INTEGER_ACCURATE")    # reads PNG too
-                         for t in range(self.data.clip_frames)])
+        return tf.map_fn(lambda image: tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"),    # reads PNG too
+                         images, fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
 
     def _check_keys(self):
         """Compares the keys in the settings with the first readable record, so that a slip of the pen ends here
@@ -286,42 +302,3 @@ def _per_step(episode, key, n):
     if not n or not len(values) or len(values) % n:
         raise ValueError(f"{n} images and {len(values)} numbers in {key}, expected the same number for each step")
     return values.reshape(n, -1)
-
-
-def _ahead(items, n):
-    """The items of a generator that runs in a thread, up to `n` of them ahead; what it raises is raised here."""
-    ready, stop = queue.Queue(n), threading.Event()
-
-    def put(value):
-        while not stop.is_set():
-            with suppress(queue.Full):
-                return ready.put(value, timeout=0.1)
-
-    def run():
-        try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except Exception as error:                      # handed over, not swallowed
-            put((None, error))
-
-    def end():
-        stop.set()
-        thread.join()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    atexit.register(end)                                # TensorFlow aborts if it is still at work when Python ends
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
-            yield item
-    finally:
-        atexit.unregister(end)
-        end()

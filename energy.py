@@ -13,7 +13,6 @@ Energy of an action: mean |LN(P(z, a, s)) - z_goal| over the last frame's tokens
 steps repeat the action and carry state and latents forward. Actions are metres, radians and gripper closedness in the
 robot's base frame, as in droid.py. A number that a landscape cannot support is NaN, which reads "undefined".
 """
-import io
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ import compare
 import config
 import droid
 import figures
+import latents
 import lora
 import model
 from clips import apply_action, pose_deltas
@@ -97,7 +97,7 @@ def grid(axes, radius, points, others=None):
 
 def read_clips(cfg):
     """Validation clips whose first frame is a context and whose frame energy.steps is its goal: P dicts with frames
-    [3, T, S, S] uint8, states, actions [T, 7], episode. At most energy.per_episode of an episode, evenly over its length."""
+    [3, T, S, S] uint8 or h [T, N, D], states, actions [T, 7], episode. At most energy.per_episode of an episode, evenly over its length."""
     e = cfg.energy
     ahead = max(e.steps, e.horizon if e.planners else 1)
     if cfg.data.clip_frames <= ahead:
@@ -151,7 +151,7 @@ def analyse(cfg, adapters, path):
     """Landscapes, plans and controls of the baseline and of each adapter folder, on the same pairs.
 
     Writes `path` (.npz) after each checkpoint and returns its arrays. C checkpoints, P pairs, K actions, T frames a clip:
-    checkpoints, training_steps [C] (-1: unknown), update_norm [C]; episodes [P], frames [P, 2, S, S, 3] context and goal;
+    checkpoints, training_steps [C] (-1: unknown), update_norm [C]; episodes [P], frames [P, 2, S, S, 3] context and goal, unless from latents;
     true_actions [P, 7]; for each of planes: actions_xy [P, K, 7], energy_xy [C, P, K]; energy_true, energy_zero [C, P];
     negatives [P, M, 7], energy_negatives [C, P, M]: real actions of other moments;
     loss, loss_shuffled, loss_zero [C, P]: teacher forcing with the clip's actions, with others, with none;
@@ -164,7 +164,10 @@ def analyse(cfg, adapters, path):
     device = model.resolve_device(cfg.device)
     precision = model.resolve_precision(cfg.precision, device)
     torch.manual_seed(cfg.seed)
-    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device,
+                                    encoder=not cfg.data.latents)
+    if cfg.data.latents:
+        latents.check(cfg, predictor.encoder_fingerprint)
     world = model.WorldModel(encoder, predictor)
     say(f"{model.device_name(device)}, {precision}; base {cfg.model.checkpoint} ({world.base_fingerprint})")
     names, adapters = names_of(adapters), ["baseline", *(a for a in adapters if a != "baseline")]
@@ -175,8 +178,9 @@ def analyse(cfg, adapters, path):
     if device.type == "cpu" and sum(p.numel() for p in world.parameters()) > 1e8:
         say("no GPU: an action takes seconds at this size; --energy.pairs=1 --energy.grid=7 --energy.planners=[] is a start")
     clips = read_clips(cfg)
-    h = [world.encode(clip["frames"][None].to(device))[0] for clip in clips]               # P x [T, N, D]
-    encoder.to("meta")                                                                      # its memory is free again
+    h = [clip["h"].to(device).float() if "h" in clip else world.encode(clip["frames"][None].to(device))[0]
+         for clip in clips]                                                                 # P x [T, N, D]
+    world.encoder = encoder = None                                                          # its memory is free again
     arrays = _what_all_share(cfg, clips, h) | {
         "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
     chunk = chunk_size(device, e.steps)
@@ -184,6 +188,7 @@ def analyse(cfg, adapters, path):
         compile_blocks(predictor)
     per_pair = _evaluations(cfg, arrays)
     hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
+    path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True, smoothing=0.05, disable=hidden)
     lora.remove(predictor)
     plane = e.planes[0]
@@ -205,7 +210,7 @@ def analyse(cfg, adapters, path):
         done = len(found)
         arrays |= {"checkpoints": np.array(names[:done]), "update_norm": np.array(norms[:done]),
                    "training_steps": np.array([_training_step(n) for n in names[:done]])}
-        save(path, arrays)
+        config.write_npz(path, **arrays)
     bar.close()
     return arrays
 
@@ -242,7 +247,6 @@ def _what_all_share(cfg, clips, h):
         "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
         "radius": np.array(e.radius), "steps": np.array(steps), "frame_step": np.array(cfg.data.frame_step),
         "true_actions": truth, "states": states,
-        "frames": np.stack([clip["frames"][:, [0, steps]].permute(1, 2, 3, 0).numpy() for clip in clips]),
         "negatives": np.stack([pool[random.choice(len(pool), n_negatives, False)] for pool in pools]),
         "shuffled": np.stack([pool[random.integers(len(pool), size=T - 1)] if len(pool) else np.full((T - 1, 7), np.nan)
                               for pool in pools]),
@@ -250,6 +254,8 @@ def _what_all_share(cfg, clips, h):
         "oracle_actions": np.stack([[pose_deltas(s[[0, i]])[0] for i in [0, *others]] if T > 1 else [] for s in states]),
         "oracle_energy": np.stack([(x[[0, *others]] - x[steps]).abs().mean(dim=(1, 2)).cpu().numpy() for x in h]),
         "oracle_truth": np.stack([pose_deltas(s[[0, steps]])[0] for s in states])}
+    if "frames" in clips[0]:
+        arrays["frames"] = np.stack([clip["frames"][:, [0, steps]].permute(1, 2, 3, 0).numpy() for clip in clips])
     for plane in e.planes:
         arrays[f"actions_{plane}"] = np.stack([grid(plane, e.radius, e.grid, t if e.others == "truth" else None)
                                                for t in truth])
@@ -338,13 +344,6 @@ def eager():
 
 
 # Files and the command line
-
-def save(path, arrays):
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config.write_file(path, data.getbuffer())
-
 
 def load(path):
     """The arrays of landscapes.npz. Raises ValueError if it is missing or damaged."""

@@ -29,7 +29,7 @@ import lora
 import model
 
 SOURCES = ("clips.py", "colab.ipynb", "compare.py", "config.py", "droid.py", "energy.py", "export.py", "figures.py", "lora.py",
-           "measures.py", "model.py", "plan.py", "LICENSE", "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
+           "measures.py", "latents.py", "model.py", "plan.py", "LICENSE", "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
            "vjepa2_src/encoder.py", "vjepa2_src/predictor.py")
 PACKAGE = "checkpoints_for_colab.zip"
 
@@ -38,13 +38,13 @@ def slim(source, target, size, dtype):
     """Encoder and predictor of `source` as .safetensors in `dtype`, under the fingerprint of `source`."""
     if not str(target).endswith(".safetensors"):
         raise ValueError(f"{target}: a slim file is named ….safetensors")
-    with model.open_checkpoint(source, size) as (names, read, base):
+    with model.open_checkpoint(source, size) as (names, read, marks):
         def write(path):
-            _write_safetensors(path, names, lambda name: read(name).to(dtype), {"format": "pt", "base_fingerprint": base})
+            _write_safetensors(path, names, lambda name: read(name).to(dtype), {"format": "pt"} | marks)
 
         _replace_file(target, write)
-        with model.open_checkpoint(target, size) as (again, read_back, same_base):
-            _check(target, sorted(again) == sorted(names) and same_base == base
+        with model.open_checkpoint(target, size) as (again, read_back, same_marks):
+            _check(target, sorted(again) == sorted(names) and same_marks == marks
                    and all(torch.equal(read_back(name), read(name).to(dtype)) for name in names))
     return f"{target}: {len(names)} tensors, {_gb(target)} instead of {_gb(source)}, every value read back"
 
@@ -138,7 +138,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
         lora.remove(predictor)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             contents[f"adapters/step_{step}/{name}"] = _read(folder / name)
-    cfg.energy.pairs = n_trajectories
+    cfg.energy.pairs, cfg.data.latents = n_trajectories, ""
     clips = energy.read_clips(cfg)
     for i, clip in enumerate(clips):
         data = io.BytesIO()

@@ -92,43 +92,52 @@ def build(size, dtype=torch.float32, device="cpu"):
         part.to(dtype).to_empty(device=device)
         part.init_weights()
         part.requires_grad_(False).eval()
-    _mark(*parts, fingerprint(_full_names(*(part.state_dict() for part in parts))))
+    _mark(*parts, fingerprints(_full_names(*(part.state_dict() for part in parts))))
     return parts
 
 
-def load(path, size, dtype=torch.float32, device="cpu"):
-    """Both networks from a checkpoint, frozen, in eval mode -> encoder, predictor.
+def load(path, size, dtype=torch.float32, device="cpu", encoder=True):
+    """Both networks from a checkpoint, frozen, in eval mode -> encoder (None if not asked for), predictor.
 
     path: the released .pt ({"encoder": …, "predictor": …, …}), or a flat .pt or .safetensors with
     encoder.… and predictor.… names; any prefix such as module.backbone. is stripped. "random": as `build`.
     Weights go tensor by tensor from the mapped file to `dtype` on `device`. Raises ValueError with the
     file and the cure if it is missing, cut short, holds code, or does not fit `size` name by name."""
     if path == "random":
-        return build(size, dtype, device)
+        parts = build(size, dtype, device)
+        return parts if encoder else (None, parts[1])
     parts = _empty(size)
-    with open_checkpoint(path, size) as (names, read, base):
-        for part, prefix in zip(parts, ("encoder.", "predictor.")):
+    with open_checkpoint(path, size) as (names, read, marks):
+        for part, prefix in list(zip(parts, ("encoder.", "predictor.")))[0 if encoder else 1:]:
             state = {name.removeprefix(prefix): read(name).to(device=device, dtype=dtype, copy=True)
                      for name in names if name.startswith(prefix)}
             part.load_state_dict(state, assign=True)
             part.requires_grad_(False).eval()
-    _mark(*parts, base)
-    return parts
+    _mark(*parts, marks)
+    return parts if encoder else (None, parts[1])
 
 
 @contextmanager
 def open_checkpoint(path, size):
-    """Yields (names encoder.… and predictor.…, read(name) -> tensor backed by the mapped file, the base's fingerprint).
+    """Yields (names encoder.… and predictor.…, read(name) -> tensor backed by the mapped file, fingerprints).
 
     Reads no tensor whole by itself. Raises as `load`."""
     wanted = _full_names(*(part.state_dict() for part in _empty(size)))
-    with _mapped(path) as (shapes, tensor, base):
+    with _mapped(path) as (shapes, tensor, header):
         theirs = _match_names(path, shapes, wanted, size)           # our name -> the file's name
 
         def read(name):
             return tensor(theirs[name])
 
-        yield list(theirs), read, base or fingerprint({name: read(name) for name in theirs})
+        marks = {key: header[key] for key in ("base_fingerprint", "encoder_fingerprint") if key in header}
+        yield list(theirs), read, marks if len(marks) == 2 else fingerprints({name: read(name) for name in theirs})
+
+
+def fingerprints(tensors):
+    """Of {encoder.…, predictor.…: tensor}: base_fingerprint of all, which adapters carry, and encoder_fingerprint, which stored
+    latents carry."""
+    return {"base_fingerprint": fingerprint(tensors),
+            "encoder_fingerprint": fingerprint({k: v for k, v in tensors.items() if k.startswith("encoder.")})}
 
 
 def fingerprint(tensors):
@@ -143,9 +152,10 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def _mark(encoder, predictor, base):
-    """The fingerprint travels with the networks: adapters are saved with it and refuse another base."""
-    encoder.base_fingerprint = predictor.base_fingerprint = base
+def _mark(encoder, predictor, marks):
+    """The fingerprints travel with the networks: adapters and stored latents refuse others."""
+    for part in (encoder, predictor):
+        part.base_fingerprint, part.encoder_fingerprint = marks["base_fingerprint"], marks["encoder_fingerprint"]
 
 
 def _full_names(encoder_state, predictor_state):
@@ -155,9 +165,9 @@ def _full_names(encoder_state, predictor_state):
 
 @contextmanager
 def _mapped(path):
-    """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file, fingerprint that the file names).
+    """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file, {} or a slim file's header).
 
-    A slim file names the fingerprint of the weights that it was rounded from, so that their adapters fit it."""
+    A slim file names the fingerprints of the weights that it was rounded from, so that their adapters fit it."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint. Download the released one (11.8 GB) with: wget {URL} "
                          "— or try the code with --model.checkpoint=random")
@@ -165,7 +175,7 @@ def _mapped(path):
         try:
             with safe_open(path, "pt") as file:
                 yield ({k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor,
-                       (file.metadata() or {}).get("base_fingerprint", ""))
+                       file.metadata() or {})
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole .safetensors file ({error}); copy it again") from None
         return
@@ -180,7 +190,7 @@ def _mapped(path):
     if isinstance(file, dict) and isinstance(file.get("encoder"), dict):
         file = _full_names(file["encoder"], file.get("predictor") or {})
     tensors = {k: v for k, v in file.items() if torch.is_tensor(v)} if isinstance(file, dict) else {}
-    yield {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__, ""
+    yield {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__, {}
 
 
 def _match_names(path, shapes, wanted, size):
@@ -215,7 +225,7 @@ def layer_norm(x):
 
 
 class WorldModel(nn.Module):
-    """Encoder and predictor together. Latents `h` are float32, layer-normed: [B, T, N, D]."""
+    """Encoder (None when training from stored latents) and predictor. Latents `h` are float32, layer-normed: [B, T, N, D]."""
 
     def __init__(self, encoder, predictor):
         super().__init__()
@@ -266,6 +276,7 @@ class WorldModel(nn.Module):
             losses["rollout"] = F.l1_loss(own, h[:, 1:rollout + 1])
         return losses
 
-    def forward(self, frames, actions, states, rollout=2):
-        """The objective of one micro-batch: encode, then `losses`."""
-        return self.losses(self.encode(frames), actions, states, rollout)
+    def forward(self, actions, states, frames=None, h=None, rollout=2):
+        """The objective of one micro-batch: encode the frames, unless their latents h are given, then `losses`."""
+        h = self.encode(frames) if h is None else h.float()
+        return self.losses(h, actions, states, rollout)

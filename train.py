@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import config
 import droid
+import latents
 import lora
 import model
 
@@ -69,7 +70,9 @@ def train(cfg):
 
     # Model
     torch.manual_seed(cfg.seed)
-    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device, encoder=not cfg.data.latents)
+    if cfg.data.latents:
+        latents.check(cfg, predictor.encoder_fingerprint)
     adapted = lora.inject(predictor, **asdict(cfg.lora))
     predictor.activation_checkpointing = cfg.activation_checkpointing
     world = model.WorldModel(encoder, predictor).train()
@@ -170,7 +173,7 @@ def evaluate(world, batches, cfg, autocast, device):
     for batch in batches:
         with autocast:
             losses = world(**{key: value.to(device) for key, value in batch.items()}, rollout=cfg.rollout)
-        n = len(batch["frames"])
+        n = len(batch["actions"])
         sums += torch.stack([losses["teacher_forcing"] * n, losses["rollout"] * n, sums.new_tensor(n)])
     world.train()
     teacher_forcing, rollout, n = _sum_over_ranks(sums, item=False).tolist()

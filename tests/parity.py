@@ -35,7 +35,7 @@ def tiny(**size):
     encoder, predictor = model.build(model.SIZES["tiny"] | size)
     encoder.load_state_dict(weights("encoder", encoder))
     predictor.load_state_dict(weights("predictor", predictor))
-    model._mark(encoder, predictor, "by formula")
+    model._mark(encoder, predictor, dict.fromkeys(("base_fingerprint", "encoder_fingerprint"), "by formula"))
     return encoder, predictor
 
 

@@ -220,7 +220,7 @@ def test_an_epoch_holds_every_clip_once_in_an_order_that_the_seed_decides(source
 @pytest.mark.parametrize("stop", [1, 5, 13])
 def test_resuming_gives_the_clips_that_would_have_followed(source, stop, monkeypatch):
     """Also across rounds and epochs: 13 batches of 3 are more than one epoch of 28 or 33 clips."""
-    monkeypatch.setattr(droid, "FILES_PER_ROUND", 1)
+    monkeypatch.setattr(clips, "FILES_PER_ROUND", 1)
     cfg = recipe(source[0], "--batch_size=3")
     loader = droid.create_dataloader(cfg)
     batches = iter(loader)
@@ -245,18 +245,16 @@ def test_train_and_val_share_no_episode_and_miss_none(source):
 def test_ranks_share_no_clip_and_miss_none(source):
     folder, names = source
     cfg = recipe(folder)
-    kind = type(droid.create_dataloader(cfg))
-    files = sorted(str(p) for p in folder.iterdir())
+    source = droid.open_source(cfg)
     for world in (2, 3):
-        parts = [which(take(kind(files, cfg, "train", False, rank, world), 1000)) for rank in range(world)]
+        parts = [which(take(clips.Clips(source, cfg, "train", False, rank, world), 1000)) for rank in range(world)]
         assert sorted(sum(parts, [])) == all_clips(names)
 
 
 def test_many_shards_are_split_by_shard(tmp_path):
     toy.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=16)       # twelve of them empty
-    files = sorted(str(p) for p in tmp_path.iterdir())
     cfg = recipe(tmp_path, "--data.max_bad_episodes=20")
-    loaders = [droid.RldsClips(files, cfg, "train", False, rank, 2) for rank in range(2)]
+    loaders = [clips.Clips(droid.open_source(cfg), cfg, "train", False, rank, 2) for rank in range(2)]
     assert not set(loaders[0].files) & set(loaders[1].files)
     assert sorted(sum((which(take(loader, 1000)) for loader in loaders), [])) == all_clips()
 
@@ -457,7 +455,7 @@ def test_a_bad_npz_is_left_out_counted_and_named(npz, tmp_path, capsys, arrays, 
     err = capsys.readouterr().err
     assert "left out: bad.npz" in err and says in err and err.count("\n") == 1
     with pytest.raises(ValueError, match="more than 0 damaged"):
-        droid.create_dataloader(recipe(tmp_path, "--data.max_bad_episodes=0"))
+        next(iter(droid.create_dataloader(recipe(tmp_path, "--data.max_bad_episodes=0"))))
 
 
 def test_images_damaged_inside_an_npz_are_found_when_read(npz, tmp_path, capsys):

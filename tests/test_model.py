@@ -279,8 +279,14 @@ def test_loading_takes_the_memory_of_the_wanted_weights_only(tmp_path):
     pytest.importorskip("resource")
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    command = [sys.executable, "bench.py", "load", "--model.size={encoder_dim: 512, encoder_depth: 12, encoder_heads: 8, "
-               "predictor_dim: 256, predictor_depth: 4, predictor_heads: 4, image_size: 64}", f"--file={tmp_path / 'big.pt'}"]
-    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    args = ["--model.size={encoder_dim: 512, encoder_depth: 12, encoder_heads: 8, predictor_dim: 256, predictor_depth: 4, "
+            "predictor_heads: 4, image_size: 64}", f"--file={tmp_path / 'big.pt'}"]
+
+    def bench(command):
+        result = subprocess.run([sys.executable, "bench.py", command, *args], capture_output=True, text=True, check=True)
+        return json.loads(result.stdout.splitlines()[-1])
+
+    result = bench("load")
     assert result["file_gib"] > 0.3
     assert result["peak_anonymous_gib"] < 1.3 * result["weights_gib"]
+    assert bench("slim")["peak_anonymous_gib"] < 0.7 * result["weights_gib"]        # tensor by tensor

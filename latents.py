@@ -1,0 +1,259 @@
+"""Encode each frame once, and train and measure from the stored latents: the encoder is frozen, its output never changes.
+
+    python latents.py config.yaml                                       # into latents/droid_100, named after data.path
+    python train.py config.yaml --data.latents=latents/droid_100        # neither the encoder nor TensorFlow is needed
+
+Stored are the frames on the grid of data.frame_step, through data.camera and data.crop, in the dtype of `precision`: 0.72 MB
+a frame in bf16. Per data file there are NNNNN.bin (latents [rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes and
+the .bin's SHA-256); store.json says what all were made with, and another encoder, camera, crop or step is refused. A run that
+was stopped goes on when started again; a file cut short or altered is found and made again.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config
+import droid
+import model
+from clips import Episode, ahead
+
+FRAMES_PER_BATCH = 32
+
+
+def folder_of(cfg):
+    """data.latents, or latents/NAME after the last part of data.path that is not a version."""
+    parts = [part for part in re.split(r"[/\\]", cfg.data.path) if part and not re.fullmatch(r"\d+\.\d+\.\d+|\*.*", part)]
+    return Path(cfg.data.latents or f"latents/{parts[-1].removesuffix('.npz')}")
+
+
+def encode(cfg):
+    """Writes the store, or what is missing of it -> its folder. Raises ValueError, or OSError if the disk is too small."""
+    folder, data = folder_of(cfg), cfg.data
+    data.latents = ""                                       # read images
+    device = model.resolve_device(cfg.device)
+    precision = model.resolve_precision(cfg.precision, device)
+    dtype = model.DTYPES[precision]
+    torch.manual_seed(cfg.seed)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
+    world = model.WorldModel(encoder, predictor)
+    N, D = predictor.grid ** 2, encoder.dim
+    source = droid.open_source(cfg)
+    made_with = _settings(cfg, encoder.encoder_fingerprint) | {
+        "dtype": precision, "tokens": N, "width": D, "drop_idle": data.drop_idle,
+        "files": [Path(file).name for file in source.files]}
+    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, made_with)
+    todo, kept = [], 0
+    for i, file in enumerate(source.files):
+        why = _damage(folder, i, N * D * dtype.itemsize)
+        if why:
+            todo.append((i, file))
+        if why and why != "missing":
+            tqdm.write(f"{folder}/{i:05d}.bin: {why}: encoding {Path(file).name} again")
+        kept += not why
+    sizes = [source.size_of(file) for _, file in todo]
+    frame_bytes = N * D * dtype.itemsize
+    frames = _estimate(source, todo, sizes, cfg)
+    need, free = frames * frame_bytes, shutil.disk_usage(folder).free
+    tqdm.write(f"{folder}: {kept} of {len(source.files)} files are there; about {frames:,} frames to encode, {need / 1e9:.2f} GB "
+               f"({free / 1e9:.0f} GB free) on {model.device_name(device)} in {precision}")
+    if need > 0.98 * free:
+        raise OSError(f"{folder}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, choose another "
+                      "disk with --data.latents=FOLDER, or raise --data.frame_step")
+    done_bytes, rows = 0, 0
+    bar = tqdm(total=frames, unit="frame", smoothing=0.05, disable=None)
+    for (i, file), size in zip(todo, sizes):
+        rows += _encode_file(folder, i, file, source, cfg, world, dtype, device, bar)
+        done_bytes += size
+        bar.total = round(rows * sum(sizes) / done_bytes)       # the estimate, corrected by what has been seen
+        bar.refresh()
+    bar.close()
+    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i in range(len(source.files)))
+    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB; use --data.latents={folder}")
+    return folder
+
+
+def _settings(cfg, encoder_fingerprint):
+    """What makes two stores interchangeable."""
+    return {"encoder": encoder_fingerprint, "camera": cfg.data.camera, "crop": cfg.data.crop, "frame_step": cfg.data.frame_step,
+            "only_success": cfg.data.only_success, "image_size": model.resolve_size(cfg.model.size)["image_size"]}
+
+
+def _begin(folder, made_with):
+    """Writes store.json, or compares with the one that is there. Raises ValueError."""
+    path = folder / "store.json"
+    if path.exists():
+        there = _read_store(folder)
+        other = [key for key in made_with if there.get(key) != made_with[key]]
+        if other:
+            raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give another folder with "
+                             "--data.latents=FOLDER, or remove it")
+    else:
+        config.write_file(path, json.dumps(made_with, indent=1).encode())
+
+
+def _read_store(folder):
+    try:
+        return json.loads((Path(folder) / "store.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no store of latents (no store.json); make one with: python latents.py config.yaml "
+                         f"--data.latents={folder}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/store.json: damaged ({error}); remove it and run latents.py again") from None
+
+
+def _damage(folder, i, frame_bytes):
+    """Why file i of the store has to be made (again), or ""."""
+    index = _read_index(folder, i)
+    if index is None:
+        return "missing"
+    path = folder / f"{i:05d}.bin"
+    if not path.exists() or path.stat().st_size != index["rows"].sum() * frame_bytes:
+        return "cut short"
+    with open(path, "rb") as file:
+        return "" if hashlib.file_digest(file, "sha256").hexdigest() == str(index["sha256"]) else "altered"
+
+
+def _read_index(folder, i):
+    try:
+        with np.load(folder / f"{i:05d}.npz") as arrays:
+            return {key: arrays[key] for key in arrays}
+    except (FileNotFoundError, OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _estimate(source, todo, sizes, cfg):
+    """Frames to encode: those of the first files by their poses, the rest by their size."""
+    frames = seen = 0
+    for (_, file), size in list(zip(todo, sizes))[:2]:
+        for episode in source.episodes(file):
+            if isinstance(episode, Episode) and (episode.success or not cfg.data.only_success):
+                frames += -(-len(episode.poses) // cfg.data.frame_step)
+        seen += size
+    return round(frames * sum(sizes) / seen) if seen else 0
+
+
+@torch.no_grad()
+def _encode_file(folder, i, file, source, cfg, world, dtype, device, bar):
+    """Writes NNNNN.bin, then NNNNN.npz, which makes it count -> its rows."""
+    episodes = {key: [] for key in ("places", "names", "success", "rows", "lengths", "poses", "joint_velocity", "damaged")}
+    digest, path, temporary = hashlib.sha256(), folder / f"{i:05d}.bin", folder / f"{i:05d}.bin.tmp"
+    (folder / f"{i:05d}.npz").unlink(missing_ok=True)
+
+    def decoded():
+        for episode in source.episodes(file):
+            frames = None
+            if isinstance(episode, Episode) and (episode.success or not cfg.data.only_success):
+                try:
+                    frames = source.every_frame(episode.images)                 # [n, S, S, 3]
+                except ValueError as error:
+                    episode = episode.place, error, episode.name
+            yield episode, frames
+
+    with open(temporary, "wb") as out:
+        for episode, frames in ahead(decoded(), n=2):
+            if not isinstance(episode, Episode):
+                place, why, name = episode
+                tqdm.write(f"left out: {place}: {why}", file=sys.stderr)
+                episodes["damaged"].append((place, str(why), name))
+                continue
+            rows = 0
+            for some in frames.split(FRAMES_PER_BATCH) if frames is not None else ():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    h = world.encode(some.permute(3, 0, 1, 2)[None].to(device))[0]      # [n, N, D]
+                data = memoryview(h.to(dtype).contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+                out.write(data)
+                digest.update(data)
+                rows += len(some)
+                bar.update(len(some))
+            velocity = np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None else episode.joint_velocity
+            for key, value in (("places", episode.place), ("names", episode.name), ("success", episode.success), ("rows", rows),
+                               ("lengths", len(episode.poses)), ("poses", episode.poses), ("joint_velocity", velocity)):
+                episodes[key].append(value)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+    arrays = {key: np.concatenate(episodes[key]) if episodes[key] else np.zeros((0, 7)) for key in ("poses", "joint_velocity")}
+    arrays |= {key: np.array(episodes[key]) for key in ("places", "names", "success", "lengths", "damaged")}
+    config.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(episodes["rows"], np.int64), sha256=digest.hexdigest())
+    return sum(episodes["rows"])
+
+
+# Reading
+
+def check(cfg, encoder_fingerprint):
+    """Raises ValueError if the store was made with another encoder than this, or other settings than cfg's."""
+    store = _read_store(cfg.data.latents)
+    wanted = _settings(cfg, encoder_fingerprint)
+    if not store["only_success"]:
+        wanted["only_success"] = False                      # it holds them all
+    if cfg.data.drop_idle and not store["drop_idle"]:
+        raise ValueError(f"{cfg.data.latents}: was made without --data.drop_idle and holds no joint velocities; make it again")
+    for key, value in wanted.items():
+        if store[key] != value:
+            raise ValueError(f"{cfg.data.latents}: was made with another {key} ({store[key]}, now {value}); use the settings it was "
+                             "made with, or make another store with latents.py")
+
+
+class Latents:
+    """A source for `Clips`: the files of a store, in the order of the data files they were made from."""
+    key = "h"
+
+    def __init__(self, cfg):
+        self.data, self.folder = cfg.data, Path(cfg.data.latents)
+        store = _read_store(self.folder)
+        self.shape, self.dtype = (store["tokens"], store["width"]), model.DTYPES[store["dtype"]]
+        self.files = [str(i) for i in range(len(store["files"]))]
+        missing = [i for i in range(len(self.files)) if not (self.folder / f"{i:05d}.npz").exists()]
+        if missing:
+            raise ValueError(f"{self.folder}: {len(missing)} of {len(self.files)} files are missing, the first is {missing[0]:05d}; "
+                             "run latents.py again: it goes on where it stopped")
+
+    def episodes(self, file):
+        index, path = _read_index(self.folder, int(file)), self.folder / f"{int(file):05d}.bin"
+        if index is None or not path.exists() or path.stat().st_size != index["rows"].sum() * self._frame_bytes():
+            raise ValueError(f"{path}: cut short or damaged; run latents.py again: it makes what is damaged anew")
+        rows, ends = index["rows"], np.cumsum(index["lengths"])
+        h = torch.empty(0, *self.shape, dtype=self.dtype)
+        if rows.sum():
+            raw = torch.from_file(str(path), size=path.stat().st_size // self.dtype.itemsize, dtype=self.dtype)
+            h = raw.view(-1, *self.shape)                                               # mapped [rows, N, D]
+        for place, why, name in index["damaged"].reshape(-1, 3).tolist():
+            yield place, why, name
+        for k, (first, end) in enumerate(zip(np.cumsum(rows) - rows, ends)):
+            part = slice(end - index["lengths"][k], end)
+            yield Episode(str(index["places"][k]), str(index["names"][k]), index["poses"][part], h[first:first + rows[k]],
+                          index["joint_velocity"][part], bool(index["success"][k]))
+
+    def _frame_bytes(self):
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def gather(self, h, start):
+        first = start // self.data.frame_step
+        return h[first:first + self.data.clip_frames]                                   # a view: read when batched
+
+    def decode(self, h):
+        return h                                                                        # [T, N, D]
+
+
+def main(args):
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    try:
+        encode(config.load(args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"latents.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
