@@ -185,17 +185,17 @@ def _update(cfg, values, where, section=""):
         if is_dataclass(old):
             _update(old, new, where, f"{name}.")
         else:
-            setattr(cfg, key, _typed(old, new, where, name))
+            setattr(cfg, key, _typed(getattr(type(cfg), key), new, where, name))     # the default's type: old may be empty
 
 
-def _typed(old, new, where, name):
-    """`new` as the type of `old`; only changes of notation are forgiven."""
-    wanted = type(old)
+def _typed(default, new, where, name):
+    """`new` as the type of `default`; only changes of notation are forgiven."""
+    wanted = type(default)
     if wanted is float and type(new) in (int, str):
         with suppress(ValueError):
             return float(new)               # YAML 1.1 reads 1e-4 as a string
     if wanted is tuple and type(new) is list:
-        item = type(old[0])
+        item = type(default[0])
         if all(type(x) is item for x in new):
             return tuple(new)
         raise ValueError(f"{where}: {name} expects a list of {item.__name__}, got {new!r}")

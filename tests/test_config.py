@@ -125,3 +125,9 @@ def test_write_file_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not be saved: No space left on device.*x"):
         config.write_file(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_list_that_was_emptied_can_be_filled_again():
+    assert config.load(["config.yaml", "--milestones=[]", "--milestones=[25]"]).milestones == (25,)
+    with pytest.raises(ValueError, match="milestones expects a list of int"):
+        config.load(["config.yaml", "--milestones=[]", "--milestones=[a]"])
