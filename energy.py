@@ -33,6 +33,7 @@ import figures
 import latents
 import lora
 import model
+import speed
 from clips import apply_action, pose_deltas
 from measures import AXES, metrics  # noqa: F401
 from plan import cem, gradient_plan
@@ -162,6 +163,7 @@ def analyse(cfg, adapters, path):
     Raises ValueError for an adapter that does not fit, before anything is computed."""
     e, path = cfg.energy, Path(path)
     device = model.resolve_device(cfg.device)
+    speed.limit(cfg.memory, device)
     precision = model.resolve_precision(cfg.precision, device)
     torch.manual_seed(cfg.seed)
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device,
@@ -183,9 +185,8 @@ def analyse(cfg, adapters, path):
     world.encoder = encoder = None                                                          # its memory is free again
     arrays = _what_all_share(cfg, clips, h) | {
         "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
-    chunk = chunk_size(device, e.steps)
-    if device.type == "cuda":
-        compile_blocks(predictor)
+    chunk = chunk_size(cfg, device)
+    speed.compile_blocks(predictor.predictor_blocks)
     per_pair = _evaluations(cfg, arrays)
     hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +291,7 @@ def _one_pair(world, cfg, arrays, p, clip, h, chunk):
     if "cem" in e.planners:
         out |= _plans("cem", e, h, lambda goal, n: cem(energy_of(goal), n, e.cem_samples, e.cem_iterations, e.cem_elites,
                                                        e.radius, cfg.seed, device))
-    with eager():
+    with speed.eager():
         if "gradient" in e.planners:
             out |= _plans("gradient", e, h, lambda goal, n: gradient_plan(energy_of(goal), n, box=e.radius, seed=cfg.seed,
                                                                           device=device))
@@ -320,27 +321,11 @@ def _with_wrong_actions(world, h, clip, shuffled):
 
 # Speed and memory
 
-def chunk_size(device, steps):
+def chunk_size(cfg, device):
     """Action sequences a batch: 128 or what half of the free memory holds."""
     if device.type != "cuda":
         return 64
-    free = torch.cuda.mem_get_info(device)[0]
-    return int(max(1, min(128, 0.5 * free / (258 * steps * BYTES_PER_TOKEN))))
-
-
-def compile_blocks(predictor):
-    """Compiles each block, in place, where Triton is there; one compilation serves all blocks of a shape."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
-    for block in predictor.predictor_blocks:
-        block.compile(dynamic=False)
-
-
-def eager():
-    """Compiled blocks run uncompiled inside: for what is done too seldom, or in too many shapes, to be worth compiling."""
-    return torch.compiler.set_stance("force_eager")
+    return int(max(1, min(128, 0.5 * speed.free(cfg, device) / (258 * cfg.energy.steps * BYTES_PER_TOKEN))))
 
 
 # Files and the command line

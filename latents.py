@@ -1,6 +1,7 @@
 """Encode each frame once, and train and measure from the stored latents: the encoder is frozen, its output never changes.
 
     python latents.py config.yaml                                       # into latents/droid_100, named after data.path
+    torchrun --standalone --nproc_per_node=2 latents.py config.yaml     # two GPUs, each every other file
     python train.py config.yaml --data.latents=latents/droid_100        # neither the encoder nor TensorFlow is needed
 
 Stored are the frames on the grid of data.frame_step, through data.camera and data.crop, in the dtype of `precision`: 0.72 MB
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import config
 import droid
 import model
+import speed
 from clips import Episode, ahead
 
 FRAMES_PER_BATCH = 32
@@ -45,6 +47,9 @@ def encode(cfg):
     torch.manual_seed(cfg.seed)
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
     world = model.WorldModel(encoder, predictor)
+    if cfg.compile:
+        speed.compile_blocks(encoder.blocks)
+    rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
     N, D = predictor.grid ** 2, encoder.dim
     source = droid.open_source(cfg)
     made_with = _settings(cfg, encoder.encoder_fingerprint) | {
@@ -53,7 +58,8 @@ def encode(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     _begin(folder, made_with)
     todo, kept = [], 0
-    for i, file in enumerate(source.files):
+    mine = [(i, file) for i, file in enumerate(source.files) if i % ranks == rank]
+    for i, file in mine:
         why = _damage(folder, i, N * D * dtype.itemsize)
         if why:
             todo.append((i, file))
@@ -64,7 +70,7 @@ def encode(cfg):
     frame_bytes = N * D * dtype.itemsize
     frames = _estimate(source, todo, sizes, cfg)
     need, free = frames * frame_bytes, shutil.disk_usage(folder).free
-    tqdm.write(f"{folder}: {kept} of {len(source.files)} files are there; about {frames:,} frames to encode, {need / 1e9:.2f} GB "
+    tqdm.write(f"{folder}: {kept} of {len(mine)} files are there; about {frames:,} frames to encode, {need / 1e9:.2f} GB "
                f"({free / 1e9:.0f} GB free) on {model.device_name(device)} in {precision}")
     if need > 0.98 * free:
         raise OSError(f"{folder}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, choose another "
@@ -77,7 +83,7 @@ def encode(cfg):
         bar.total = round(rows * sum(sizes) / done_bytes)       # the estimate, corrected by what has been seen
         bar.refresh()
     bar.close()
-    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i in range(len(source.files)))
+    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in mine)
     tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB; use --data.latents={folder}")
     return folder
 
@@ -168,8 +174,11 @@ def _encode_file(folder, i, file, source, cfg, world, dtype, device, bar):
                 continue
             rows = 0
             for some in frames.split(FRAMES_PER_BATCH) if frames is not None else ():
+                batch = some
+                if device.type == "cuda":               # one shape: compiled once
+                    batch = torch.cat([some, some[-1:].expand(FRAMES_PER_BATCH - len(some), -1, -1, -1)])
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    h = world.encode(some.permute(3, 0, 1, 2)[None].to(device))[0]      # [n, N, D]
+                    h = world.encode(batch.permute(3, 0, 1, 2)[None].to(device))[0, :len(some)]     # [n, N, D]
                 data = memoryview(h.to(dtype).contiguous().cpu().view(torch.uint8).numpy()).cast("B")
                 out.write(data)
                 digest.update(data)

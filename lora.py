@@ -5,7 +5,8 @@
     lora.load(predictor, "step_1000")                   # injects where needed; reads PEFT's folders too
 
 A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen, A random and B zero at the start,
-so that training starts at the base model. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
+so that training starts at the base model. Dropout (`draw_dropout`) drops the same inputs for all tokens of a micro-batch, on A's
+columns, which is free; PEFT draws anew for each token: one more pass over the activations of every layer, and its random numbers. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
 Adapters are float32 whatever the base is. The folder is PEFT's, so `PeftModel.from_pretrained` reads it.
 """
 import json
@@ -33,11 +34,14 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+        self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: `draw_dropout`
         self.train(base.training)
 
     def forward(self, x):
-        low = F.dropout(x, self.dropout, self.training)
-        low = F.linear(low, self.lora_A.to(x.dtype))                            # [..., rank]
+        A = self.lora_A
+        if self.training and self.dropout:
+            A = A * self.keep                                                   # drops inputs without touching x
+        low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
 
 
@@ -75,6 +79,13 @@ def adapter_state(module):
     """{PEFT's name: tensor} of all adapters, on their device, not copied."""
     return {f"{PREFIX}{name}.lora_{which}.weight": getattr(layer, f"lora_{which}").detach()
             for name, layer in _adapted(module).items() for which in "AB"}
+
+
+def draw_dropout(module):
+    """Chooses anew which inputs the adapters of `module` drop in training: once for each micro-batch. 0 or 1 / (1 - dropout)."""
+    for layer in _adapted(module).values():
+        if layer.dropout:
+            layer.keep.bernoulli_(1 - layer.dropout).div_(1 - layer.dropout)
 
 
 def save(folder, module, base=""):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -224,6 +225,12 @@ def layer_norm(x):
     return F.layer_norm(x.float(), x.shape[-1:])
 
 
+@lru_cache
+def _image_statistics(device):
+    """ImageNet's mean and standard deviation, [3, 1, 1, 1] each, copied to the device once."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
 class WorldModel(nn.Module):
     """Encoder (None when training from stored latents) and predictor. Latents `h` are float32, layer-normed: [B, T, N, D]."""
 
@@ -239,8 +246,7 @@ class WorldModel(nn.Module):
         per_frame (as V-JEPA 2-AC was trained): each frame alone, doubled into one tubelet -> [B, T, N, D].
         Otherwise (as plain V-JEPA 2): the clip as T/2 tubelets of two frames -> [B, T/2, N, D]."""
         B, _, T, _, _ = frames.shape
-        mean = torch.tensor(IMAGENET_MEAN, device=frames.device).view(3, 1, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=frames.device).view(3, 1, 1, 1)
+        mean, std = _image_statistics(frames.device)
         clip = (frames.float() / 255 - mean) / std                          # [B, 3, T, H, W]
         if per_frame:
             clip = clip.transpose(1, 2).flatten(0, 1).unsqueeze(2)          # [B*T, 3, 1, H, W]

@@ -23,6 +23,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import droid
 import latents
 import lora
 import model
+import speed
 
 
 def lr_at(step, cfg):
@@ -54,12 +56,22 @@ def lr_at(step, cfg):
 
 def train(cfg):
     """Runs the recipe -> the folder of the last checkpoint. Raises ValueError or OSError with one line to act on."""
-    # Devices. torchrun sets RANK and its kin.
     config.validate(cfg)
-    ddp = "RANK" in os.environ
     device = model.resolve_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    speed.limit(cfg.memory, device)
+    cfg, picked = speed.fit(cfg)
+    try:
+        return _train(cfg, device, picked)
+    except torch.OutOfMemoryError:
+        steps = saved_steps(cfg.out_dir)
+        raise ValueError(speed.out_of_memory(cfg, device, steps[-1] if steps else 0)) from None
+
+
+def _train(cfg, device, picked):
+    # Devices. torchrun sets RANK and its kin.
+    ddp = "RANK" in os.environ
     if ddp and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
@@ -77,6 +89,10 @@ def train(cfg):
     predictor.activation_checkpointing = cfg.activation_checkpointing
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
+    fast = cfg.compile and not cfg.debug and device.type == "cuda"
+    if fast:
+        for blocks in (predictor.predictor_blocks, encoder.blocks if encoder else ()):
+            speed.compile_blocks(blocks)
 
     # Optimizer
     optimizer = _optimizer(cfg, trainable, device)
@@ -99,35 +115,39 @@ def train(cfg):
     metrics = Metrics(cfg, out, start, rank)
     metrics.say(f"commit {_commit()}, torch {torch.__version__}, {ranks} x {model.device_name(device)}, {precision}"
                 + (" (this GPU has no fast bf16)" if precision != cfg.precision else ""))
+    if picked:
+        metrics.say(picked)
     n_trainable, n_total = sum(p.numel() for p in trainable), sum(p.numel() for p in world.parameters())
     metrics.say(f"{cfg.model.checkpoint}: {n_total:,} parameters, {n_trainable:,} trainable in {len(adapted)} adapted layers")
     metrics.say(f"{cfg.batch_size} clips x {cfg.grad_accum} micro-batches x {ranks} ranks = "
                 f"{cfg.batch_size * cfg.grad_accum * ranks} clips a step; {out} from step {start} to {cfg.max_steps}")
 
-    objective = world
-    if ddp:
-        objective = DistributedDataParallel(world, broadcast_buffers=False)
+    objective = DistributedDataParallel(world, broadcast_buffers=False) if ddp else world
+    work = partial(forward_backward, objective, predictor, scaler, autocast, cfg.rollout, cfg.grad_accum)
+    graphed = fast and not ddp
+    if graphed:
+        work = speed.Graphed(work, trainable)
     if cfg.val_every and not start:
         metrics.log(0, **evaluate(world, val_batches, cfg, autocast, device))
     batches, last_save, last_upload = iter(loader), start, time.monotonic()
+    since, counted, waited = time.monotonic(), 0, 0.0           # for the mean time of the steps since the last pause
     with StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
         for step in range(start, cfg.max_steps):
-            started, waited = time.monotonic(), 0.0
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
             totals = {}
             for micro in range(cfg.grad_accum):
                 asked = time.monotonic()
-                batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+                batch = next(batches)
                 waited += time.monotonic() - asked
+                if device.type == "cuda":
+                    batch = {key: value.pin_memory() for key, value in batch.items()}       # copied while the GPU works
+                    if not graphed:
+                        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
                 last = micro == cfg.grad_accum - 1
                 with nullcontext() if last or not ddp else objective.no_sync():     # one all-reduce a step
-                    with autocast:
-                        losses = objective(**batch, rollout=cfg.rollout)
-                        loss = sum(losses.values()) / cfg.grad_accum
-                    scaler.scale(loss).backward()                                   # scales nothing unless fp16
-                for key, value in losses.items():
-                    totals[key] = totals.get(key, 0) + value.detach() / cfg.grad_accum
+                    losses = work(batch)
+                totals = {key: totals.get(key, 0) + value / cfg.grad_accum for key, value in losses.items()}
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
             if precision != "fp16" and not grad_norm.isfinite():
@@ -135,18 +155,21 @@ def train(cfg):
                                  f"the newest checkpoint is step {last_save}")
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not graphed)
 
-            done = step + 1
-            if done % cfg.log_every == 0 or done == cfg.max_steps:
+            done, counted = step + 1, counted + 1
+            logging = done % cfg.log_every == 0 or done == cfg.max_steps
+            evaluating = cfg.val_every and (done % cfg.val_every == 0 or done == cfg.max_steps)
+            if logging:
                 totals = {key: _sum_over_ranks(value) / ranks for key, value in totals.items()}
                 memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {}
                 metrics.log(done, loss=sum(totals.values()), **totals, lr=lr_at(step, cfg), grad_norm=grad_norm.item(),
-                            ms=1e3 * (time.monotonic() - started), ms_data=1e3 * waited, **memory)
-            if cfg.val_every and (done % cfg.val_every == 0 or done == cfg.max_steps):
+                            ms=1e3 * (time.monotonic() - since) / counted, ms_data=1e3 * waited / counted, **memory)
+            if evaluating:
                 metrics.log(done, **evaluate(world, val_batches, cfg, autocast, device))
             leaving = stop.on_any_rank(device)
-            if done % cfg.save_every == 0 or done in cfg.milestones or done == cfg.max_steps or leaving:
+            saving = done % cfg.save_every == 0 or done in cfg.milestones or done == cfg.max_steps or leaving
+            if saving:
                 _save_state(out / f"step_{done}", cfg, rank, ranks, predictor, optimizer, scaler, loader)
                 metrics.say(f"saved {out}/step_{done}; {loader.report()}")
                 last_save = done
@@ -156,6 +179,8 @@ def train(cfg):
                 gcs.upload(out, cfg.gcs_dir)
                 last_upload = time.monotonic()
             metrics.bar.update()
+            if logging or evaluating or saving or step == start:            # the first step compiles
+                since, counted, waited = time.monotonic(), 0, 0.0
             if leaving:
                 metrics.say(f"stopped by a signal after step {done}; go on with --resume")
                 break
@@ -165,13 +190,23 @@ def train(cfg):
     return out / f"step_{last_save}"
 
 
+def forward_backward(objective, predictor, scaler, autocast, rollout, grad_accum, batch):
+    """Adds a micro-batch's share of the gradient -> its losses, detached."""
+    lora.draw_dropout(predictor)
+    with autocast:
+        losses = objective(**batch, rollout=rollout)
+        loss = sum(losses.values()) / grad_accum
+    scaler.scale(loss).backward()                                       # scales nothing unless fp16
+    return {key: value.detach() for key, value in losses.items()}
+
+
 @torch.no_grad()
 def evaluate(world, batches, cfg, autocast, device):
     """Mean losses over the validation batches of all ranks -> {"val_loss", "val_teacher_forcing", "val_rollout"}."""
     world.eval()
     sums = torch.zeros(3, device=device, dtype=torch.float64)           # teacher forcing, rollout, clips
     for batch in batches:
-        with autocast:
+        with autocast, speed.eager():
             losses = world(**{key: value.to(device) for key, value in batch.items()}, rollout=cfg.rollout)
         n = len(batch["actions"])
         sums += torch.stack([losses["teacher_forcing"] * n, losses["rollout"] * n, sums.new_tensor(n)])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from small import recipe
 
+import config
 import droid
 import energy
 import latents
@@ -107,6 +108,16 @@ def test_the_analysis_from_latents_equals_the_one_from_frames(base, tmp_path):
     a, b = energy.analyse(frames_of(cfg), [], tmp_path / "a.npz"), energy.analyse(cfg, [], tmp_path / "b.npz")
     for key in ("energy_xy", "loss", "loss_zero", "horizon_l1", "oracle_energy", "true_actions"):
         assert a[key] == pytest.approx(b[key], abs=1e-6), key
+
+
+def test_two_processes_write_the_store_of_one(base, tmp_path):
+    """As under torchrun: each takes every other file."""
+    whole = latents.encode(recipe(base, tmp_path, f"--data.latents={tmp_path}/whole"))
+    cfg = recipe(base, tmp_path, f"--data.latents={tmp_path}/shared")
+    (tmp_path / "two.yaml").write_text(json.dumps(config.asdict(cfg)))              # JSON is YAML
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "latents.py",
+                    str(tmp_path / "two.yaml")], check=True, capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert contents(tmp_path / "shared") == contents(whole) and len(contents(whole)) > 4
 
 
 @pytest.mark.parametrize("moment", [0.2, 0.4, 0.6])

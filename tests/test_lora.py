@@ -84,12 +84,22 @@ def test_one_step_changes_every_B_and_no_base_bit(predictor, dtype, checkpointin
     assert all(torch.equal(predictor.state_dict()[name], tensor) for name, tensor in base.items())
 
 
-def test_dropout_only_in_training(predictor):
+def test_dropout_only_in_training_and_drawn_once_for_a_micro_batch(predictor):
     lora.inject(predictor, rank=4, dropout=0.5)
     give_B_values(predictor)
-    assert torch.equal(run(predictor), run(predictor))
+    whole = run(predictor)
+    lora.draw_dropout(predictor)
+    assert torch.equal(run(predictor), whole)
     predictor.train()
-    assert not torch.equal(run(predictor), run(predictor))
+    once = run(predictor)
+    assert not torch.equal(once, whole) and torch.equal(run(predictor), once)
+    lora.draw_dropout(predictor)
+    assert not torch.equal(run(predictor), once)
+    layer = lora._adapted(predictor)["predictor_blocks.0.mlp.fc2"]
+    assert set(layer.keep.tolist()) == {0, 2}
+    x = torch.randn(3, layer.in_features)
+    expected = x @ layer.weight.T + layer.bias + layer.scale * (x * layer.keep) @ layer.lora_A.T @ layer.lora_B.T
+    assert torch.allclose(layer(x), expected, atol=1e-4)
 
 
 def test_a_target_that_matches_nothing_raises(predictor):

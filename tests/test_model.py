@@ -6,12 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import FIGURES, LOSSES, SHARED, inputs, tiny
 from safetensors.torch import save_file
 
 import model
+from vjepa2_src import blocks
+from vjepa2_src.attention import block_causal_attention
 from vjepa2_src.blocks import rope_table, rotate
 
 
@@ -283,10 +286,25 @@ def test_loading_takes_the_memory_of_the_wanted_weights_only(tmp_path):
             "predictor_heads: 4, image_size: 64}", f"--file={tmp_path / 'big.pt'}"]
 
     def bench(command):
-        result = subprocess.run([sys.executable, "bench.py", command, *args], capture_output=True, text=True, check=True)
+        result = subprocess.run([sys.executable, "bench_more.py", command, *args], capture_output=True, text=True, check=True)
         return json.loads(result.stdout.splitlines()[-1])
 
     result = bench("load")
     assert result["file_gib"] > 0.3
     assert result["peak_anonymous_gib"] < 1.3 * result["weights_gib"]
     assert bench("slim")["peak_anonymous_gib"] < 0.7 * result["weights_gib"]        # tensor by tensor
+
+
+@pytest.mark.parametrize("B, H, steps, n, d", [(2, 3, 15, 18, 30), (1, 2, 2, 5, 8), (2, 2, 16, 6, 16), (1, 1, 7, 3, 4), (2, 2, 1, 4, 8)])
+def test_attention_in_rectangles_equals_the_dense_mask(B, H, steps, n, d):
+    """Outputs and gradients; the same code runs cuDNN's kernels on a GPU."""
+    qkv = torch.randn(B, steps * n, 3, H, d, generator=torch.Generator().manual_seed(0))
+    mask = blocks.causal_mask(steps, n, torch.device("cpu"))
+    found = []
+    for attend in (lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), lambda *x: block_causal_attention(*x, steps)[0]):
+        leaf = qkv.clone().requires_grad_()
+        out = attend(*(x * 1 for x in leaf.permute(2, 0, 3, 1, 4)))                 # [B, H, L, d] each
+        out.square().sum().backward()
+        found.append((out.detach(), leaf.grad))
+    for dense, cut in zip(*found):
+        assert torch.allclose(dense, cut, atol=1e-5)

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from vjepa2_src.attention import block_causal_attention
+
 
 @lru_cache(maxsize=64)
 def rope_table(head_dim, frames, rows, cols, grid, n_cond, device):
@@ -61,11 +63,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, table, mask=None):
-        """x [B, L, D] -> [B, L, D]; table from rope_table, mask from causal_mask (None: look anywhere)."""
+    def forward(self, x, table, mask=None, steps=1):
+        """x [B, L, D] -> [B, L, D]; table from rope_table. Causal by time step with a mask from causal_mask or, faster where
+        attention.py runs, without one and with more than one step; else all tokens see each other."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, L, head_dim] each
-        x = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v, attn_mask=mask)
+        q, k = rotate(q, table), rotate(k, table)
+        if steps > 1:
+            x, _ = block_causal_attention(q, k, v, steps)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))                  # [B, L, D]
 
 
@@ -89,8 +96,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, table, mask=None):
-        x = x + self.attn(self.norm1(x), table, mask)
+    def forward(self, x, table, mask=None, steps=1):
+        x = x + self.attn(self.norm1(x), table, mask, steps)
         return x + self.mlp(self.norm2(x))
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from vjepa2_src.attention import has_fast_attention
 from vjepa2_src.blocks import Block, causal_mask, init_weights, rope_table
 
 N_COND = 2          # condition tokens per time step: the action and the state
@@ -46,12 +47,15 @@ class Predictor(nn.Module):
         s = self.state_encoder(states.to(dtype)).unsqueeze(2)                       # [B, T, 1, P]
         x = torch.cat([a, s, x], dim=2).flatten(1, 2)                               # [B, T*(2+N), P]
         table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device)
-        mask = causal_mask(T, N_COND + N, z.device) if T > 1 else None
+        fast = has_fast_attention(x, T)
+        steps = T if fast else 1
+        mask = causal_mask(T, N_COND + N, z.device) if T > 1 and not fast else None
         for block in self.predictor_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # the reentrant kind would leave adapters without gradients, silently
-                x = checkpoint(block, x, table, mask, use_reentrant=False)
+                # nothing in a block is random: LoRA's dropout is drawn before
+                x = checkpoint(block, x, table, mask, steps, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, table, mask)
+                x = block(x, table, mask, steps)
         x = x.unflatten(1, (T, N_COND + N))[:, :, N_COND:].flatten(1, 2)            # [B, T*N, P]
         return self.predictor_proj(self.predictor_norm(x))

@@ -1,0 +1,147 @@
+"""What makes it fast on a large GPU and fit on a small one: compiled blocks, CUDA graphs, a memory budget.
+
+    speed.compile_blocks(predictor.predictor_blocks)    # in place; nothing happens without a GPU and Triton
+    work = speed.Graphed(work, parameters)              # forward and backward as one launch
+    cfg, text = speed.fit(cfg)                          # micro-batch and checkpointing for --memory=GIB
+"""
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+import model
+
+GIB = 2 ** 30
+ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
+# Measured (bench.py, ViT-g): per token and block of the predictor, in widths of its dtype, compiled and not; bytes per number of
+# the latents; widths per token inside an encoder's block.
+BLOCK, BLOCK_EAGER, LATENT, ENCODER = 13, 20, 30, 14
+
+
+def compile_blocks(blocks):
+    """Compiles each block, in place, on a GPU where Triton is there; one compilation serves all blocks of a shape."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return
+    torch._dynamo.config.recompile_limit = 64                   # shapes in one process; a run has four to six
+    torch._functorch.config.activation_memory_budget = 0.7      # recompute what is cheap: a third less memory in the same time
+    for block in blocks:
+        if block.norm1.weight.is_cuda:
+            block.compile(dynamic=False)
+
+
+def eager():
+    """Compiled blocks run uncompiled inside: for what is done too seldom, or in too many shapes, to be worth compiling."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+class Graphed:
+    """Forward and backward of a micro-batch as one CUDA graph: launching its kernels one by one takes longer than they run.
+
+    work(batch) -> {name: scalar tensor}, and adds to the parameters' gradients; batch: {name: tensor}, each call of the
+    shapes of the first. Gradients must stay where they are: zero_grad(set_to_none=False)."""
+
+    def __init__(self, work, parameters):
+        self.work, self.parameters, self.graph = work, parameters, None
+
+    def __call__(self, batch):
+        if self.graph is None:
+            self._capture(batch)
+        for name, value in batch.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+    def _capture(self, batch):
+        random = torch.cuda.get_rng_state()
+        self.inputs = {name: value.to(self.parameters[0].device) for name, value in batch.items()}
+        side = torch.cuda.Stream()                      # warm-up, as torch.cuda.graph asks for
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.work(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        for parameter in self.parameters:
+            parameter.grad.zero_()
+        torch.cuda.empty_cache()                        # the graph has a pool of its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.work(self.inputs)
+        torch.cuda.set_rng_state(random)                # a resumed run draws the same numbers as an uninterrupted one
+
+
+# Memory
+
+def limit(gib, device):
+    """Holds PyTorch to `gib` of the GPU; 0: all that is free. Raises ValueError if the card has less."""
+    if device.type != "cuda" or not gib:
+        return
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    if gib > total:
+        raise ValueError(f"memory {gib:g} is more than the {total:.1f} GiB of {model.device_name(device)}; lower --memory or leave it out")
+    torch.cuda.set_per_process_memory_fraction(gib / total, device)
+
+
+def free(cfg, device):
+    """Bytes that may still be allocated: within cfg.memory if that is set."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return min(free, cfg.memory * GIB - torch.cuda.memory_allocated(device)) if cfg.memory else free
+
+
+def estimate(cfg, clips, checkpointing):
+    """Peak bytes of training with micro-batches of `clips`, from the sizes alone; its constants are measured (bench.py)."""
+    size = model.resolve_size(cfg.model.size)
+    T, N = cfg.data.clip_frames, (size["image_size"] // 16) ** 2
+    tokens = clips * (N + 2) * (T - 1 + sum(range(2, cfg.rollout + 1)))         # teacher forcing, then each step of the rollout
+    width, D, bytes_each = size["predictor_dim"], size["encoder_dim"], 4 if cfg.precision == "fp32" else 2
+    encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in model._empty(cfg.model.size))
+    weights = bytes_each * (predictor + (0 if cfg.data.latents else encoder))
+    adapters = 16 * size["predictor_depth"] * cfg.lora.rank * 18 * width       # four linear layers: 9 widths in, 9 out
+    one = tokens * width * bytes_each * (BLOCK if cfg.compile else BLOCK_EAGER)     # what a block keeps for its backward pass
+    kept = tokens * width * bytes_each * size["predictor_depth"] + one if checkpointing else one * size["predictor_depth"]
+    latents = clips * T * N * D * (LATENT + (0 if cfg.data.latents else ENCODER * bytes_each))
+    return weights + adapters + kept + latents
+
+
+def fit(cfg):
+    """For cfg.memory: the largest micro-batch that fits at the same clips per step, without checkpointing if two clips do.
+
+    -> (cfg, what was picked). Raises ValueError if not even one clip with checkpointing fits."""
+    if not cfg.memory:
+        return cfg, ""
+    clips = cfg.batch_size * cfg.grad_accum
+    sizes = [b for b in (8, 4, 2, 1) if clips % b == 0]
+    for b, checkpointing in [(b, False) for b in sizes if b > 1 or clips == 1] + [(b, True) for b in sizes]:
+        need = estimate(cfg, b, checkpointing) / GIB
+        if need <= ROOM * cfg.memory:
+            return (replace(cfg, batch_size=b, grad_accum=clips // b, activation_checkpointing=checkpointing),
+                    f"--memory={cfg.memory:g}: picked --batch_size={b} --grad_accum={clips // b} "
+                    f"--activation_checkpointing={str(checkpointing).lower()}, about {need:.1f} GiB")
+    raise ValueError(f"--memory={cfg.memory:g}: one clip of {cfg.data.clip_frames} frames needs about {need:.1f} GiB; "
+                     + advice(cfg, least=True))
+
+
+def advice(cfg, least=False):
+    """Which setting to change when memory runs out, the cheapest first."""
+    clips = cfg.batch_size * cfg.grad_accum
+    ways = []
+    if cfg.batch_size > 1 and not least:
+        ways.append(f"--batch_size={cfg.batch_size // 2} --grad_accum={clips // (cfg.batch_size // 2)}")
+    if not cfg.activation_checkpointing and not least:
+        ways.append("--activation_checkpointing=true")
+    if not cfg.data.latents:
+        ways.append("latents.py first, then --data.latents=FOLDER (no encoder in memory)")
+    if cfg.data.clip_frames > 8:
+        ways.append(f"--data.clip_frames={cfg.data.clip_frames // 2}")
+    return "use " + ", or ".join(ways) if ways else "use a card with more memory"
+
+
+def out_of_memory(cfg, device, done):
+    """One line for a torch.OutOfMemoryError: what was used, what to change, what is safe."""
+    used = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0
+    fragments = "" if os.environ.get("PYTORCH_CUDA_ALLOC_CONF") else "; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True helps a little"
+    return (f"out of memory at {used:.1f} GiB with micro-batches of {cfg.batch_size}; {advice(cfg)}{fragments}; "
+            f"newest checkpoint: {f'step {done}, go on with --resume' if done else 'none'}")
