@@ -1,26 +1,24 @@
-"""Speed, memory and precision, measured. Keys of config.yaml apply; each command prints one line of JSON.
+"""Speed and memory, one table: training steps, the networks alone, landscapes, planning, loading, reading.
 
-    python bench.py load                    # a file of the released layout (11.76 GB, random) -> bf16 on the CPU
-    python bench.py load --model.size=tiny --file=/tmp/x.pt
-    python bench.py slim                    # the same file -> a slim .safetensors, as export.py does
-    python bench.py data --data.path=FOLDER # clips per second from records or .npz to batches
-    python bench.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
-    python bench.py energy --device=cuda    # 1,000 candidate actions, CEM and gradient planning, random weights
-    python bench.py analysis --cap=15 --precision=fp16      # all of energy.py: 16 pairs, two adapters, within 15 GiB
+    python bench.py --device=cuda                           # ViT-g, random weights; a table, and runs/bench/bench.json
+    python bench.py --device=cuda --memory=15 --precision=fp16      # within 15 GiB, as on a T4: what --memory picks
+    python bench.py --model.size=tiny --data.clip_frames=4  # on a CPU, in under a minute
 
-load and slim write the file (unless it is there), do their work in a fresh process, and give seconds, the size
-of the file, and the peak of anonymous memory (what cannot be given back; the mapped file can). analysis writes
-random images and adapters under runs/bench. --cap=GIB limits PyTorch's share of the GPU.
+Keys of config.yaml apply. Tensors are random, no data set and no TensorFlow is needed. Times are medians of `--repeats=10` runs after
+a warm-up, with the spread between the fastest and the slowest; first: the first call, compilation included. TFLOP/s count
+the matrix products and the attention that a pair of tokens needs (once forward, once for inputs' gradients, none for frozen weights'
+gradients, none twice for checkpointing); share: of the rate that a large matrix product reaches on this card. "plain" is the
+reference: the same networks module by module, fp32 weights under autocast, dense mask, no compilation, PEFT's LoRA if PEFT is there.
 """
-import copy
 import dataclasses
+import gc
 import json
-import os
-import subprocess
 import sys
-import threading
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,188 +26,324 @@ import torch
 import config
 import droid
 import energy
-import export
+import latents
 import lora
 import model
+import plan
+import speed
+import train
+from vjepa2_src.predictor import N_COND
+
+OUT = Path("runs/bench")
 
 
-def write_released_layout(path, size):
-    """A random checkpoint as released: fp32 encoder, predictor, target_encoder and both Adam moments of the predictor."""
-    parts = [{f"module.{name}": torch.empty(tensor.shape).normal_(std=0.02) for name, tensor in part.state_dict().items()}
-             for part in model._empty(size)]
-    encoder, predictor = parts
-    moments = [{name: tensor.clone() for name, tensor in predictor.items()} for _ in range(2)]
-    torch.save({"encoder": encoder, "predictor": predictor,
-                "target_encoder": {name: tensor.clone() for name, tensor in encoder.items()},
-                "opt": {"state": dict(enumerate(moments)), "param_groups": []}, "scaler": None, "epoch": 0, "loss": 0.0,
-                "batch_size": 1, "world_size": 1, "lr": 0.0}, path)
-
-
-def anonymous_gib():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 2 ** 20
-
-
-def in_memory(work, path):
-    """Runs `work`, which returns networks or a message, while a thread watches the memory -> dict of figures."""
-    before, peak, done = anonymous_gib(), [0.0], threading.Event()
-
-    def watch():
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous_gib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.monotonic()
-    result = work()                                     # kept: networks count too
-    seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
-    out = {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30,
-           "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
-    if isinstance(result, str):
-        return out | {"message": result}
-    return out | {"weights_gib": sum(p.numel() * p.element_size() for part in result for p in part.parameters()) / 2 ** 30}
-
-
-def data(cfg, n=100):
-    """Time to the first batch, then n more."""
-    started = time.monotonic()
-    batches = iter(droid.create_dataloader(cfg))
-    next(batches)
-    first, started, cpu = time.monotonic() - started, time.monotonic(), time.process_time()
-    for _ in range(n):
-        next(batches)
-    clips = n * cfg.batch_size
-    return {"first_batch_s": first, "clips_per_s": clips / (time.monotonic() - started),
-            "cpu_ms_per_clip": 1e3 * (time.process_time() - cpu) / clips}
-
-
-@torch.no_grad()
-def precision(cfg):
-    """Relative L2 distance of the outputs of pure half-precision networks from fp32 ones, on random inputs."""
-    torch.manual_seed(cfg.seed)
-    device = cfg.device or "cpu"
-    encoder, predictor = model.build(cfg.model.size, device=device)
+def flops_per_clip(cfg, from_frames):
+    """Of the objective, forward and backward, for one clip."""
     size = model.resolve_size(cfg.model.size)
-    T, N = 8, predictor.grid ** 2
-    clip = torch.randn(4, 3, 2, size["image_size"], size["image_size"], device=device)
-    z = torch.randn(1, T * N, size["encoder_dim"], device=device)
-    actions, states = 0.1 * torch.randn(1, T, 7, device=device), torch.randn(1, T, 7, device=device)
-    exact = encoder(clip), predictor(z, actions, states)
-    weights = copy.deepcopy((encoder.state_dict(), predictor.state_dict()))
-    out = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        for part, state in zip((encoder, predictor), weights):
-            part.float().load_state_dict(state)
-            part.to(dtype)
-        half = encoder(clip), predictor(z, actions, states)
-        out |= {f"{part}_{name}": ((h.float() - e).norm() / e.norm()).item()
-                for part, h, e in zip(("encoder", "predictor"), half, exact)}
-    return out
+    encoder, predictor = model._empty(cfg.model.size)
+    N, T = predictor.grid ** 2, cfg.data.clip_frames
+    linear = sum(p.numel() for p in predictor.predictor_blocks.parameters() if p.ndim == 2)
+    ends = 2 * size["encoder_dim"] * size["predictor_dim"]
+    total = 0.0
+    for steps in [T - 1, *range(2, cfg.rollout + 1)]:
+        pairs = steps * (steps + 1) / 2 * (N + N_COND) ** 2
+        total += 3 * 4 * pairs * size["predictor_dim"] * size["predictor_depth"]               # attention: backward is twice
+        total += 2 * 2 * steps * (N + N_COND) * (linear + ends)                                 # forward, inputs' gradient
+    return total + (T * encode_flops(cfg) if from_frames else 0)
 
 
-def landscapes(cfg, n=1000, repeats=5):
-    """Energies of one pair: `n` one-step candidates eager and compiled, both planners; ms, s, peak GiB."""
-    torch.manual_seed(cfg.seed)
-    device = model.resolve_device(cfg.device)
+def encode_flops(cfg):
+    """Of one frame."""
+    size = model.resolve_size(cfg.model.size)
+    encoder, _ = model._empty(cfg.model.size)
+    N = encoder.grid ** 2
+    linear = sum(p.numel() for p in encoder.parameters() if p.ndim > 1)
+    return 2 * N * linear + 4 * N * N * size["encoder_dim"] * size["encoder_depth"]
+
+
+class Table:
+    def __init__(self, device, repeats):
+        self.device, self.repeats, self.rows, self.peak = device, repeats, [], None
+        n = 8192 if device.type == "cuda" else 512
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.row("one large matrix product", lambda: a @ a, flops=2 * n ** 3)
+        self.peak = self.rows[0]["tflops"]
+
+    def row(self, name, work, clips=0, flops=0.0, repeats=0):
+        """Times `work`; clips and flops of one call."""
+        gc.collect()
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()        # the first call counts: a graph's memory is taken there
+        try:
+            first = self._seconds(work)
+            times = sorted(self._seconds(work) for _ in range(repeats or self.repeats))
+        except torch.OutOfMemoryError:
+            print(f"{name:<66} out of memory", flush=True)
+            return None
+        median = times[len(times) // 2]
+        row = {"name": name, "ms": 1e3 * median, "spread_ms": 1e3 * (times[-1] - times[0]), "first_s": first}
+        if clips:
+            row |= {"clips": clips, "ms_per_clip": 1e3 * median / clips, "clips_per_s": clips / median}
+        if flops:
+            row |= {"tflops": flops / median / 1e12} | {"share": flops / median / 1e12 / (self.peak or flops / median / 1e12)}
+        if cuda:
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        self.rows.append(row)
+        print(line(row), flush=True)
+        return row
+
+    def _seconds(self, work):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+HEAD = f"{'':<66}{'ms':>10}{'spread':>9}{'first s':>9}{'ms/clip':>9}{'clips/s':>9}{'TFLOP/s':>9}{'share':>7}{'GiB':>7}"
+
+
+def line(row):
+    def cell(key, width, digits, scale=1):
+        return f"{scale * row[key]:>{width}.{digits}f}" if key in row else " " * width
+    return (f"{row['name']:<66}" + cell("ms", 10, 1) + cell("spread_ms", 9, 1) + cell("first_s", 9, 1) + cell("ms_per_clip", 9, 1)
+            + cell("clips_per_s", 9, 1) + cell("tflops", 9, 2 if row.get("tflops", 9) < 1 else 0)
+            + (f"{100 * row['share']:>6.0f}%" if "share" in row else " " * 7) + cell("peak_gib", 7, 1))
+
+
+# What is timed
+
+class Training:
+    """A micro-batch as train.py runs it, on random clips."""
+
+    def __init__(self, cfg, device, clips, from_frames, checkpointing=False, compiled=True, plain=False):
+        precision = model.resolve_precision(cfg.precision, device)
+        dtype = model.DTYPES[precision]
+        size = model.resolve_size(cfg.model.size)
+        torch.manual_seed(cfg.seed)
+        encoder, predictor = model.build(cfg.model.size, torch.float32 if plain else dtype, device)
+        if plain and not _peft(predictor, cfg.lora) or not plain:
+            lora.inject(predictor, **dataclasses.asdict(cfg.lora))
+        predictor.activation_checkpointing = checkpointing
+        world = model.WorldModel(encoder if from_frames else None, predictor).train()
+        self.trainable = [p for p in world.parameters() if p.requires_grad]
+        T, S = cfg.data.clip_frames, size["image_size"]
+        self.batch = {"actions": 0.05 * torch.randn(clips, T, 7), "states": torch.randn(clips, T, 7)}
+        if from_frames:
+            self.batch["frames"] = torch.randint(0, 256, (clips, 3, T, S, S), dtype=torch.uint8)
+        else:
+            self.batch["h"] = model.layer_norm(torch.randn(clips, T, (S // 16) ** 2, size["encoder_dim"])).to(dtype)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.work = partial(train.forward_backward, world, predictor, scaler, autocast, cfg.rollout, 1)
+        self.graphed = compiled and device.type == "cuda"
+        if compiled:
+            speed.compile_blocks(predictor.predictor_blocks)
+            if from_frames:
+                speed.compile_blocks(encoder.blocks)
+        if self.graphed:
+            self.work = speed.Graphed(self.work, self.trainable)
+        if device.type == "cuda":
+            self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
+        self.device, self.plain = device, plain
+
+    def __call__(self):
+        batch = self.batch if self.graphed else {key: value.to(self.device, non_blocking=True) for key, value in self.batch.items()}
+        slow = mock.patch("vjepa2_src.predictor.has_fast_attention", return_value=False)
+        if self.plain:
+            with slow:
+                return self.work(batch)
+        return self.work(batch)
+
+
+def _peft(predictor, cfg):
+    """PEFT's LoRA on the same layers, if PEFT is there."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        return False
+    predictor.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, use_rslora=cfg.rslora,
+                                       target_modules=list(cfg.targets)), predictor)
+    return True
+
+
+def training(table, cfg):
+    """The rows of training."""
+    device = table.device
+    frames, stored = flops_per_clip(cfg, True), flops_per_clip(cfg, False)
+    small = device.type != "cuda"
+    for name, clips, options in (
+            ("plain", 2, dict(from_frames=True, compiled=False, plain=True)),
+            ("plain, checkpointing", 2, dict(from_frames=True, compiled=False, plain=True, checkpointing=True)),
+            ("eager", 2, dict(from_frames=True, compiled=False)),
+            ("", 2, dict(from_frames=True)), ("", 8, dict(from_frames=True)),
+            ("checkpointing", 2, dict(from_frames=True, checkpointing=True)),
+            ("", 2, dict(from_frames=False)), ("", 8, dict(from_frames=False)), ("", 16, dict(from_frames=False)),
+            ("checkpointing", 1, dict(from_frames=False, checkpointing=True))):
+        if small and clips > 2:
+            continue
+        source = "frames" if options["from_frames"] else "latents"
+        work = Training(cfg, device, clips, **options)
+        table.row(f"step from {source}, {clips} clips{', ' if name else ''}{name}", work, clips,
+                  clips * (frames if options["from_frames"] else stored))
+        trainable = work.trainable
+        del work
+    for name in ("adamw8bit", "adamw"):
+        try:
+            optimizer = train._optimizer(dataclasses.replace(cfg, optimizer=name), trainable, device)
+        except ValueError as error:
+            print(f"{name}: {error}")
+            continue
+        for parameter in trainable:
+            parameter.grad = torch.ones_like(parameter)
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+        table.row(f"clip and optimizer step, {name}", update)
+
+
+def picked(table, cfg):
+    """What train.py does within --memory, and the time to 5,000 and 20,000 steps."""
+    clips = cfg.batch_size * cfg.grad_accum
+    for source in ("frames", "latents"):
+        own = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents="" if source == "frames" else "latents"))
+        try:
+            own, text = speed.fit(own)
+        except ValueError as error:
+            print(error)
+            continue
+        print(f"from {source}: {text}")
+        work = Training(own, table.device, own.batch_size, source == "frames", own.activation_checkpointing)
+        row = table.row(f"step from {source}, {own.batch_size} clips, as picked", work, own.batch_size,
+                        own.batch_size * flops_per_clip(own, source == "frames"))
+        if row:
+            row["hours_5000"] = 5000 * clips * row["ms_per_clip"] / 3.6e6
+            print(f"  {clips} clips a step: 5,000 steps in {row['hours_5000']:.1f} h, 20,000 in {4 * row['hours_5000']:.1f} h on this card")
+        del work
+
+
+def networks(table, cfg):
+    """The encoder, the predictor, landscapes and planning."""
+    device, size = table.device, model.resolve_size(cfg.model.size)
     precision = model.resolve_precision(cfg.precision, device)
-    world = model.WorldModel(*model.build(cfg.model.size, model.DTYPES[precision], device))
-    energy.choose_adapter(world.predictor, "baseline", cfg.lora)
-    world.encoder = None
-    h = model.layer_norm(torch.randn(2, world.predictor.grid ** 2, world.predictor.predictor_embed.in_features, device=device))
-    states, chunk = torch.zeros(1, 7), energy.chunk_size(device, 1)
-    actions = 0.05 * torch.randn(n, 7)
-    out = {"device": model.device_name(device), "precision": precision, "chunk": chunk}
+    dtype = model.DTYPES[precision]
+    torch.manual_seed(cfg.seed)
+    world = model.WorldModel(*model.build(cfg.model.size, dtype, device))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    N, D, S = world.predictor.grid ** 2, size["encoder_dim"], size["image_size"]
+    n_frames = 128 if device.type == "cuda" else 4
+    frames = torch.randint(0, 256, (1, 3, n_frames, S, S), dtype=torch.uint8, device=device)
+    speed.compile_blocks(world.encoder.blocks)
 
-    def evaluate():
+    def encode():
+        with autocast:
+            world.encode(frames)
+    table.row(f"encoder, {n_frames} frames", encode, flops=n_frames * encode_flops(cfg))
+    world.encoder = None
+    energy.choose_adapter(world.predictor, "baseline", cfg.lora)
+    h = model.layer_norm(torch.randn(2, N, D, device=device))
+    states, chunk = torch.zeros(1, 7), energy.chunk_size(cfg, device)
+    K = 1000 if device.type == "cuda" else 50
+    actions = 0.05 * torch.randn(K, 7)
+    linear = sum(p.numel() for p in world.predictor.predictor_blocks.parameters() if p.ndim == 2)
+    flops = K * (N + N_COND) * (2 * (linear + 2 * D * size["predictor_dim"])
+                                + 4 * (N + N_COND) * size["predictor_dim"] * size["predictor_depth"])
+
+    def landscape():
         return energy.landscape(world, h[:1], states, h[1], actions, chunk=chunk)
 
-    def timed(name):
-        started = time.monotonic()
-        before = evaluate().cpu()                           # compiles
-        out[f"{name}_first_s"] = time.monotonic() - started
-        times = []
-        for _ in range(repeats):
-            started = time.monotonic()
-            evaluate().cpu()
-            times.append(1e3 * (time.monotonic() - started))
-        out[f"{name}_ms"], out[f"{name}_spread_ms"] = sorted(times)[repeats // 2], max(times) - min(times)
-        if device.type == "cuda":
-            out[f"{name}_peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-            torch.cuda.reset_peak_memory_stats()
-        return before
-
-    plain = timed("eager")
-    if device.type == "cuda":
-        energy.compile_blocks(world.predictor)
-        compiled = timed("compiled")
-        out["compiled_off_eager"], out["range"] = (compiled - plain).abs().max().item(), (plain.max() - plain.min()).item()
+    table.row(f"{K} candidate actions, one step, eager", landscape, flops=flops)
+    eagerly = landscape().cpu()
+    speed.compile_blocks(world.predictor.predictor_blocks)
+    table.row(f"{K} candidate actions, one step", landscape, flops=flops)
+    print(f"  compiled and eager energies differ by {(landscape().cpu() - eagerly).abs().max():.1e}; they range over "
+          f"{eagerly.max() - eagerly.min():.1e}")
+    e = cfg.energy
+    samples, iterations = (e.cem_samples, e.cem_iterations) if device.type == "cuda" else (20, 2)
 
     def energy_of(actions):
         return energy.rollout(world, h[:1], states, h[1], actions, chunk)
+    table.row(f"CEM, {samples} samples x {iterations}", lambda: plan.cem(energy_of, 1, samples, iterations, min(e.cem_elites, samples),
+                                                                          device=device), repeats=3)
 
-    e = cfg.energy
-    cem = [energy.cem(energy_of, 1, e.cem_samples, e.cem_iterations, e.cem_elites, device=device).seconds for _ in range(3)]
-    with energy.eager():
-        gradient = [energy.gradient_plan(energy_of, device=device).seconds for _ in range(3)]
-    return out | {"cem_s": sorted(cem)[1], "gradient_s": sorted(gradient)[1]}
-
-
-def analysis(cfg, n_episodes=8, n_frames=48):
-    """Seconds and peak GiB of `energy.analyse` for the baseline and two random adapters, on random images."""
-    folder = Path("runs/bench")
-    (folder / "npz").mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for i in range(n_episodes):
-        states = np.cumsum(random.normal(0, 0.004, (n_frames, 7)), axis=0)
-        images = random.integers(0, 256, (n_frames, 256, 256, 3)).astype(np.uint8)
-        np.savez(folder / f"npz/{i}.npz", observations=images, states=states.clip(-1, 1))
-    cfg.data.path, cfg.data.val_fraction, cfg.energy.min_move = str(folder / "npz"), 1.0, 0.0
-    cfg.data.clip_frames, cfg.data.clip_stride = 8, 1
-    cfg.model.checkpoint = "random"
-    torch.manual_seed(cfg.seed)
-    device = model.resolve_device(cfg.device)
-    _, predictor = model.build(cfg.model.size, model.DTYPES[model.resolve_precision(cfg.precision, device)], device)
-    lora.inject(predictor, **dataclasses.asdict(cfg.lora))
-    adapters = [folder / "step_1", folder / "step_2"]
-    for i, adapter in enumerate(adapters):
-        for layer in lora._adapted(predictor).values():
-            torch.nn.init.normal_(layer.lora_B, std=1e-3 * (i + 1))
-        lora.save(adapter, predictor)
-    del predictor
-    started = time.monotonic()
-    arrays = energy.analyse(cfg, adapters, folder / "landscapes.npz")
-    out = {"seconds": time.monotonic() - started, "pairs": len(arrays["episodes"]), "null": float(arrays["null_difference"]),
-           "cem_s": float(np.median(arrays["cem_seconds"])), "gradient_s": float(np.median(arrays["gradient_seconds"]))}
-    return out | ({"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {})
+    def by_gradient():
+        with speed.eager():
+            plan.gradient_plan(energy_of, device=device)
+    if device.type == "cuda":
+        table.row("gradient planner, 8 starts x 60", by_gradient, repeats=3)
 
 
-COMMANDS = {"data": data, "precision": precision, "energy": landscapes, "analysis": analysis}
+def files(table, cfg):
+    """Loading a slim file, and reading random clips of a store of latents (page cache)."""
+    from safetensors.torch import save_file
+    size = model.resolve_size(cfg.model.size)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = model.build(cfg.model.size, torch.bfloat16)
+        tensors = model._full_names(*(part.state_dict() for part in parts))
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/slim.safetensors", model.fingerprints(tensors))
+        del parts, tensors
+        table.row("slim file (page cache) to the device", lambda: model.load(f"{folder}/slim.safetensors", cfg.model.size, torch.bfloat16,
+                                                                             table.device), repeats=3)
+        store, clips = Path(folder) / "latents", 32 * cfg.batch_size
+        write_store(store, (size["image_size"] // 16) ** 2, size["encoder_dim"], cfg, n_files=4, n_frames=200)
+        own = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=str(store), val_fraction=0.0))
+        batches = iter(droid.create_dataloader(own))
+
+        def read():
+            for _ in range(clips // cfg.batch_size):
+                next(batches)
+        table.row(f"reading {clips} random clips of stored latents, {cfg.batch_size} a batch", read, clips)
+        batches.close()
+
+
+def write_store(folder, N, D, cfg, n_files, n_frames):
+    """A store as latents.py leaves it, of random values: one episode of `n_frames` on the grid a file."""
+    folder.mkdir()
+    poses = np.zeros((n_frames * cfg.data.frame_step, 7))
+    for i in range(n_files):
+        torch.randn(n_frames, N, D).to(torch.bfloat16).view(torch.int16).numpy().tofile(folder / f"{i:05d}.bin")
+        config.write_npz(folder / f"{i:05d}.npz", places=np.array([str(i)]), names=np.array([str(i)]), success=np.array([True]),
+                         rows=np.array([n_frames]), lengths=np.array([len(poses)]), poses=poses, joint_velocity=np.zeros((len(poses), 0)),
+                         damaged=np.zeros((0, 3)), sha256="")
+    made_with = latents._settings(cfg, "") | {"dtype": "bf16", "tokens": N, "width": D, "drop_idle": False,
+                                              "files": [str(i) for i in range(n_files)]}
+    config.write_file(folder / "store.json", json.dumps(made_with).encode())
+
+
+PARTS = {"training": training, "networks": networks, "files": files}
 
 
 def main(args):
-    cap = [float(a.removeprefix("--cap=")) for a in args if a.startswith("--cap=")]
-    args = [a for a in args if not a.startswith("--cap=")]
-    if cap:
-        torch.cuda.set_per_process_memory_fraction(cap[0] * 2 ** 30 / torch.cuda.get_device_properties(0).total_memory)
-    command, args = args[0] if args else "", args[1:]
-    path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
-    cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
-    if command in ("load", "slim") and not os.environ.get("BENCH_CHILD"):
-        if not Path(path).exists():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_released_layout(path, cfg.model.size)
-        subprocess.run([sys.executable, __file__, command, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
-    elif command == "load":
-        print(json.dumps(in_memory(lambda: model.load(path, cfg.model.size, torch.bfloat16), path)))
-    elif command == "slim":
-        target = f"{path}.slim.safetensors"
-        print(json.dumps(in_memory(lambda: export.slim(path, target, cfg.model.size, torch.bfloat16), target)))
-    elif command in COMMANDS:
-        print(json.dumps(COMMANDS[command](cfg)))
-    else:
-        sys.exit(__doc__)
+    if any(arg in ("-h", "--help") for arg in args):
+        print(__doc__)
+        return
+    own = {key: text for key, _, text in (arg.partition("=") for arg in args) if key in ("--repeats", "--parts")}
+    args = [arg for arg in args if arg.partition("=")[0] not in own]
+    try:
+        cfg = config.load(["config.yaml", *args])
+        device = model.resolve_device(cfg.device)
+        speed.limit(cfg.memory, device)
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
+    parts = own["--parts"].split(",") if "--parts" in own else [*PARTS]
+    if device.type != "cuda":
+        cfg.precision = "fp32"                  # what a CPU trains in
+    print(f"{model.device_name(device)}, torch {torch.__version__}, {model.resolve_precision(cfg.precision, device)}, "
+          f"{cfg.model.size}, clips of {cfg.data.clip_frames} frames\n{HEAD}")
+    table = Table(device, int(own.get("--repeats", 10)))
+    for part in parts:
+        (picked if part == "training" and cfg.memory else PARTS[part])(table, cfg)
+    OUT.mkdir(parents=True, exist_ok=True)
+    result = {"device": model.device_name(device), "torch": torch.__version__, "precision": cfg.precision, "memory": cfg.memory,
+              "rows": table.rows}
+    config.write_file(OUT / "bench.json", json.dumps(result, indent=1).encode())
+    print(f"{OUT}/bench.json")
 
 
 if __name__ == "__main__":

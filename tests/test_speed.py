@@ -1,0 +1,90 @@
+"""The memory budget, advice when memory runs out, and the table of speeds."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import recipe
+
+import bench
+import config
+import model
+import speed
+import train
+
+VITG = ["config.yaml", "--data.path=nowhere"]
+
+
+@pytest.mark.parametrize("gib, args, batch, checkpointing", [
+    (80, [], 8, False), (22, [], 4, False), (15, [], 2, False), (6, [], 4, True), (4, [], 1, True),
+    (40, ["--data.latents=x"], 8, False), (15, ["--data.latents=x"], 4, False), (5, ["--data.latents=x"], 8, True), (2, ["--data.latents=x"], 2, True)])
+def test_a_budget_picks_micro_batches_and_checkpointing(gib, args, batch, checkpointing):
+    """For ViT-g; the clips of a step stay the same. bench.py --memory=… checks on a GPU that what was picked fits."""
+    cfg, text = speed.fit(config.load([*VITG, f"--memory={gib}", *args]))
+    assert (cfg.batch_size, cfg.activation_checkpointing) == (batch, checkpointing)
+    assert cfg.batch_size * cfg.grad_accum == 32 and f"--batch_size={batch} " in text
+    assert speed.estimate(cfg, cfg.batch_size, checkpointing) < gib * speed.GIB
+
+
+def test_no_budget_leaves_the_recipe_and_one_too_small_says_what_to_do():
+    cfg = config.load(VITG)
+    assert speed.fit(cfg) == (cfg, "")
+    with pytest.raises(ValueError, match=r"--memory=1: one clip of 16 frames needs about .* latents.py first.*--data.clip_frames=8"):
+        speed.fit(config.load([*VITG, "--memory=1"]))
+
+
+def test_out_of_memory_ends_in_advice_and_the_last_checkpoint_is_intact(base, tmp_path, monkeypatch):
+    args = ["--save_every=2", "--val_every=0", "--batch_size=2", "--activation_checkpointing=false"]
+    train.train(recipe(base, tmp_path / "run", *args, "--max_steps=2"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run/step_2").iterdir()}
+    losses, calls = model.WorldModel.losses, []
+
+    def runs_out(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return losses(self, *args, **kwargs)
+    monkeypatch.setattr(model.WorldModel, "losses", runs_out)
+    with pytest.raises(ValueError) as error:
+        train.train(recipe(base, tmp_path / "run", *args, "--max_steps=4", "--resume"))
+    said = str(error.value)
+    assert "\n" not in said and "--batch_size=1 --grad_accum=4" in said and "--activation_checkpointing=true" in said
+    assert "latents.py first" in said and "newest checkpoint: step 2, go on with --resume" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "run/step_2").iterdir()} == before
+
+
+@pytest.mark.parametrize("measured, from_frames, clips, checkpointing", [
+    (21.5, False, 8, False), (6.2, False, 2, False), (42.0, False, 16, False), (7.9, True, 2, False), (23.2, True, 8, False),
+    (3.8, True, 2, True), (1.7, False, 1, True)])
+def test_the_estimate_is_near_what_was_measured(measured, from_frames, clips, checkpointing):
+    """GiB that bench.py showed on an H200 in bf16: never much under it (an estimate too low would not fit), never far above."""
+    cfg = config.load([*VITG, *([] if from_frames else ["--data.latents=x"])])
+    assert measured - 0.7 < speed.estimate(cfg, clips, checkpointing) / speed.GIB < 1.15 * measured
+
+
+def test_advice_names_only_what_is_left_to_change():
+    cfg = config.load([*VITG, "--batch_size=1", "--data.latents=x", "--data.clip_frames=8"])
+    assert speed.advice(cfg) == "use a card with more memory"
+
+
+def test_the_counted_arithmetic_is_that_of_the_facts():
+    """16 frames, ViT-g: 0.52 TFLOP a frame for the encoder, about 15.8 a clip with it and 7.3 without."""
+    cfg = config.load(VITG)
+    assert bench.encode_flops(cfg) == pytest.approx(0.52e12, rel=0.04)
+    assert bench.flops_per_clip(cfg, True) == pytest.approx(15.8e12, rel=0.06)
+    assert bench.flops_per_clip(cfg, False) == pytest.approx(7.3e12, rel=0.08)
+
+
+def test_the_table_of_speeds_runs_on_a_cpu(tmp_path):
+    here = os.getcwd()
+    (tmp_path / "config.yaml").symlink_to(f"{here}/config.yaml")
+    result = subprocess.run([sys.executable, f"{here}/bench.py", "--device=cpu", "--model.size=tiny", "--data.clip_frames=4", "--repeats=2"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "runs/bench/bench.json").read_text())["rows"]}
+    assert len(rows) >= 14 and all(row["ms"] > 0 for row in rows.values())
+    for name in rows:
+        assert name in result.stdout
+    assert rows["step from latents, 2 clips"]["ms"] < rows["step from frames, 2 clips, plain"]["ms"]
