@@ -139,7 +139,7 @@ def energy_over_distance(arrays):
     names, planes = arrays["checkpoints"].tolist(), [p for p in arrays["planes"].tolist() if len(p) == 2] or ["xyz"]
     planes = [plane for plane in planes if plane in arrays["planes"].tolist()]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 if len(planes) < 3 else 7, 2.3), layout="constrained")
+        figure = Figure(figsize=(2.2 + 1.6 * len(planes), 2.3), layout="constrained")
         panels = figure.subplots(1, len(planes), squeeze=False, sharey=True)[0]
         for panel, plane in zip(panels, planes):
             axes = [AXES.index(axis) for axis in plane]
@@ -158,10 +158,11 @@ def energy_over_distance(arrays):
                 if len(above) > 1:
                     spread = np.nanstd(of_pair[:, known], axis=0)
                     panel.fill_between(middle, line - spread, line + spread, color=COLOURS[c % 6], alpha=0.13, lw=0)
-            panel.set(xlabel="distance to the true action (cm)", title=compare.title(plane), xlim=(0, None), ylim=(0, None))
+            panel.set(title=compare.title(plane), xlim=(0, None), ylim=(0, None))
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("energy above the minimum" + ("\n(mean and spread over pairs)" if len(above) > 1 else ""))
-        panels[-1].legend()
+        figure.supxlabel("distance to the true action (cm)", fontsize=STYLE["font.size"])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -194,6 +195,7 @@ def over_steps(result):
             panel.remove()
         for panel in panels[max(0, len(shown) - columns):len(shown)]:
             panel.set_xlabel("training step")
+            panel.tick_params(labelbottom=True)
     return figure
 
 
