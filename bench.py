@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -126,7 +127,8 @@ class Training:
         size = model.resolve_size(cfg.model.size)
         torch.manual_seed(cfg.seed)
         encoder, predictor = model.build(cfg.model.size, torch.float32 if plain else dtype, device)
-        if plain and not _peft(predictor, cfg.lora) or not plain:
+        # PEFT's dropout would draw other masks when a block is recomputed
+        if not (plain and _peft(predictor, dataclasses.replace(cfg.lora, dropout=0.0) if checkpointing else cfg.lora)):
             lora.inject(predictor, **dataclasses.asdict(cfg.lora))
         predictor.activation_checkpointing = checkpointing
         world = model.WorldModel(encoder if from_frames else None, predictor).train()
@@ -140,8 +142,8 @@ class Training:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.work = partial(train.forward_backward, world, predictor, scaler, autocast, cfg.rollout, 1)
-        self.graphed = compiled and device.type == "cuda"
-        if compiled:
+        self.graphed = compiled and speed.compiles(cfg, device)
+        if self.graphed:
             speed.compile_blocks(predictor.predictor_blocks)
             if from_frames:
                 speed.compile_blocks(encoder.blocks)
@@ -153,11 +155,8 @@ class Training:
 
     def __call__(self):
         batch = self.batch if self.graphed else {key: value.to(self.device, non_blocking=True) for key, value in self.batch.items()}
-        slow = mock.patch("vjepa2_src.predictor.has_fast_attention", return_value=False)
-        if self.plain:
-            with slow:
-                return self.work(batch)
-        return self.work(batch)
+        with mock.patch("vjepa2_src.predictor.has_fast_attention", return_value=False) if self.plain else nullcontext():
+            return self.work(batch)
 
 
 def _peft(predictor, cfg):
@@ -214,7 +213,7 @@ def picked(table, cfg):
     for source in ("frames", "latents"):
         own = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents="" if source == "frames" else "latents"))
         try:
-            own, text = speed.fit(own)
+            own, text = speed.fit(own, speed.compiles(own, table.device))
         except ValueError as error:
             print(error)
             continue
@@ -239,7 +238,8 @@ def networks(table, cfg):
     N, D, S = world.predictor.grid ** 2, size["encoder_dim"], size["image_size"]
     n_frames = 128 if device.type == "cuda" else 4
     frames = torch.randint(0, 256, (1, 3, n_frames, S, S), dtype=torch.uint8, device=device)
-    speed.compile_blocks(world.encoder.blocks)
+    if speed.compiles(cfg, device):
+        speed.compile_blocks(world.encoder.blocks)
 
     def encode():
         with autocast:
@@ -260,7 +260,8 @@ def networks(table, cfg):
 
     table.row(f"{K} candidate actions, one step, eager", landscape, flops=flops)
     eagerly = landscape().cpu()
-    speed.compile_blocks(world.predictor.predictor_blocks)
+    if speed.compiles(cfg, device):
+        speed.compile_blocks(world.predictor.predictor_blocks)
     table.row(f"{K} candidate actions, one step", landscape, flops=flops)
     print(f"  compiled and eager energies differ by {(landscape().cpu() - eagerly).abs().max():.1e}; they range over "
           f"{eagerly.max() - eagerly.min():.1e}")
@@ -328,15 +329,17 @@ def main(args):
     try:
         cfg = config.load(["config.yaml", *args])
         device = model.resolve_device(cfg.device)
-        speed.limit(cfg.memory, device)
+        cfg = speed.limit(cfg, device)
+        repeats, parts = int(own.get("--repeats", 10)), own["--parts"].split(",") if "--parts" in own else [*PARTS]
+        if repeats < 1 or not set(parts) <= PARTS.keys():
+            raise ValueError(f"--repeats is a number from 1, --parts are some of {','.join(PARTS)}")
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
-    parts = own["--parts"].split(",") if "--parts" in own else [*PARTS]
     if device.type != "cuda":
         cfg.precision = "fp32"                  # what a CPU trains in
     print(f"{model.device_name(device)}, torch {torch.__version__}, {model.resolve_precision(cfg.precision, device)}, "
           f"{cfg.model.size}, clips of {cfg.data.clip_frames} frames\n{HEAD}")
-    table = Table(device, int(own.get("--repeats", 10)))
+    table = Table(device, repeats)
     for part in parts:
         (picked if part == "training" and cfg.memory else PARTS[part])(table, cfg)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,10 @@ COMMANDS = {"data": data, "precision": precision, "analysis": analysis}
 def main(args):
     command, args = args[0] if args else "", args[1:]
     path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
-    cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
+    try:
+        cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
+    except ValueError as error:
+        sys.exit(f"bench_more.py: {error}")
     if command in ("load", "slim") and not os.environ.get("BENCH_CHILD"):
         if not Path(path).exists():
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,7 @@ class Clips:
     def __init__(self, source, cfg, split, shuffle, rank=0, world=1):
         self.source, self.data, self.split, self.shuffle, self.seed = source, cfg.data, split, shuffle, cfg.seed
         self.rank, self.batch_size = rank, cfg.batch_size
+        self.page_locked = cfg.device != "cpu" and torch.cuda.is_available()
         by_file = len(source.files) >= 8 * world
         self.files = source.files[rank::world] if by_file else source.files
         self.part, self.parts = (0, 1) if by_file else (rank, world)        # of the clips
@@ -173,7 +174,7 @@ class Clips:
             self.state = {"round": 0, "index": 0, "count": 0}
         for batch, state in ahead(self._batches(), n=4):
             self.state = state
-            yield collate(batch)
+            yield collate(batch, self.page_locked)
 
     def clips(self):
         """One pass in order, for a loader without shuffling: as in a batch, without B, and the `episode`'s name."""
@@ -288,12 +289,12 @@ class Clips:
             "--data.only_success, --data.drop_idle and --data.val_fraction")
 
 
-def collate(clips):
-    """A batch of clips: tensors stacked; on a machine with a GPU in page-locked memory, which is fast to copy from and used again."""
+def collate(clips, page_locked):
+    """A batch of clips: tensors stacked; page-locked memory is fast to copy to a GPU from, and used again."""
     batch = {}
     for key, value in clips[0].items():
         values = [torch.as_tensor(clip[key]) for clip in clips]
-        whole = torch.empty(len(values), *values[0].shape, dtype=values[0].dtype, pin_memory=torch.cuda.is_available())
+        whole = torch.empty(len(values), *values[0].shape, dtype=values[0].dtype, pin_memory=page_locked)
         batch[key] = torch.stack(values, out=whole)
     return batch
 

@@ -163,7 +163,7 @@ def analyse(cfg, adapters, path):
     Raises ValueError for an adapter that does not fit, before anything is computed."""
     e, path = cfg.energy, Path(path)
     device = model.resolve_device(cfg.device)
-    speed.limit(cfg.memory, device)
+    cfg = speed.limit(cfg, device)
     precision = model.resolve_precision(cfg.precision, device)
     torch.manual_seed(cfg.seed)
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device,
@@ -186,7 +186,8 @@ def analyse(cfg, adapters, path):
     arrays = _what_all_share(cfg, clips, h) | {
         "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
     chunk = chunk_size(cfg, device)
-    speed.compile_blocks(predictor.predictor_blocks)
+    if speed.compiles(cfg, device):
+        speed.compile_blocks(predictor.predictor_blocks)
     per_pair = _evaluations(cfg, arrays)
     hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,7 +148,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
     here = Path(__file__).parent
     contents |= {name: (here / name).read_bytes() for name in SOURCES}
     recorded = cfg.data.frame_step
-    cfg = replace(cfg, out_dir="results", resume=False, gcs_dir="", device="", data=replace(
+    cfg = replace(cfg, out_dir="results", resume=False, gcs_dir="", device="", memory=0.0, data=replace(
         cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1, val_fraction=1.0, drop_idle=False))
     contents["config.yaml"] = config.dump(cfg).encode()
     contents["manifest.json"] = json.dumps({

@@ -47,7 +47,7 @@ def encode(cfg):
     torch.manual_seed(cfg.seed)
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
     world = model.WorldModel(encoder, predictor)
-    if cfg.compile:
+    if speed.compiles(cfg, device):
         speed.compile_blocks(encoder.blocks)
     rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
     N, D = predictor.grid ** 2, encoder.dim
@@ -56,7 +56,7 @@ def encode(cfg):
         "dtype": precision, "tokens": N, "width": D, "drop_idle": data.drop_idle,
         "files": [Path(file).name for file in source.files]}
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, made_with)
+    _begin(folder, made_with, rank)
     todo, kept = [], 0
     mine = [(i, file) for i, file in enumerate(source.files) if i % ranks == rank]
     for i, file in mine:
@@ -72,8 +72,8 @@ def encode(cfg):
     need, free = frames * frame_bytes, shutil.disk_usage(folder).free
     tqdm.write(f"{folder}: {kept} of {len(mine)} files are there; about {frames:,} frames to encode, {need / 1e9:.2f} GB "
                f"({free / 1e9:.0f} GB free) on {model.device_name(device)} in {precision}")
-    if need > 0.98 * free:
-        raise OSError(f"{folder}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, choose another "
+    if need * ranks > 0.98 * free:
+        raise OSError(f"{folder}: about {need * ranks / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, choose another "
                       "disk with --data.latents=FOLDER, or raise --data.frame_step")
     done_bytes, rows = 0, 0
     bar = tqdm(total=frames, unit="frame", smoothing=0.05, disable=None)
@@ -84,7 +84,8 @@ def encode(cfg):
         bar.refresh()
     bar.close()
     stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in mine)
-    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB; use --data.latents={folder}")
+    share = f" by rank {rank} of {ranks}" if ranks > 1 else ""
+    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB{share}; use --data.latents={folder}")
     return folder
 
 
@@ -94,8 +95,8 @@ def _settings(cfg, encoder_fingerprint):
             "only_success": cfg.data.only_success, "image_size": model.resolve_size(cfg.model.size)["image_size"]}
 
 
-def _begin(folder, made_with):
-    """Writes store.json, or compares with the one that is there. Raises ValueError."""
+def _begin(folder, made_with, rank):
+    """Writes store.json (rank 0), or compares with the one that is there. Raises ValueError."""
     path = folder / "store.json"
     if path.exists():
         there = _read_store(folder)
@@ -103,7 +104,7 @@ def _begin(folder, made_with):
         if other:
             raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give another folder with "
                              "--data.latents=FOLDER, or remove it")
-    else:
+    elif rank == 0:
         config.write_file(path, json.dumps(made_with, indent=1).encode())
 
 

@@ -1,9 +1,11 @@
 """What makes it fast on a large GPU and fit on a small one: compiled blocks, CUDA graphs, a memory budget.
 
-    speed.compile_blocks(predictor.predictor_blocks)    # in place; nothing happens without a GPU and Triton
+    if speed.compiles(cfg, device):
+        speed.compile_blocks(predictor.predictor_blocks)    # in place
     work = speed.Graphed(work, parameters)              # forward and backward as one launch
     cfg, text = speed.fit(cfg)                          # micro-batch and checkpointing for --memory=GIB
 """
+import importlib.util
 import os
 import sys
 from contextlib import nullcontext
@@ -16,21 +18,22 @@ import model
 GIB = 2 ** 30
 ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
 # Measured (bench.py, ViT-g): per token and block of the predictor, in widths of its dtype, compiled and not; bytes per number of
-# the latents; widths per token inside an encoder's block.
-BLOCK, BLOCK_EAGER, LATENT, ENCODER = 13, 20, 30, 14
+# the latents; widths per token inside an encoder's block; workspaces.
+BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 13, 20, 30, 14, 0.6 * GIB
+
+
+def compiles(cfg, device):
+    """Whether blocks are compiled: asked for, on a GPU, and Triton is there."""
+    return cfg.compile and not cfg.debug and device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compile_blocks(blocks):
-    """Compiles each block, in place, on a GPU where Triton is there; one compilation serves all blocks of a shape."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
-    torch._dynamo.config.recompile_limit = 64                   # shapes in one process; a run has four to six
+    """Compiles each block, in place; one compilation serves all blocks of a shape."""
+    dynamo = torch._dynamo.config
+    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
     torch._functorch.config.activation_memory_budget = 0.7      # recompute what is cheap: a third less memory in the same time
     for block in blocks:
-        if block.norm1.weight.is_cuda:
-            block.compile(dynamic=False)
+        block.compile(dynamic=False)
 
 
 def eager():
@@ -75,14 +78,14 @@ class Graphed:
 
 # Memory
 
-def limit(gib, device):
-    """Holds PyTorch to `gib` of the GPU; 0: all that is free. Raises ValueError if the card has less."""
-    if device.type != "cuda" or not gib:
-        return
+def limit(cfg, device):
+    """Holds PyTorch to cfg.memory GiB of the GPU -> cfg, with memory lowered to what the card has (16 GB cards have 14.6 GiB)."""
+    if device.type != "cuda" or not cfg.memory:
+        return cfg
     total = torch.cuda.get_device_properties(device).total_memory / GIB
-    if gib > total:
-        raise ValueError(f"memory {gib:g} is more than the {total:.1f} GiB of {model.device_name(device)}; lower --memory or leave it out")
-    torch.cuda.set_per_process_memory_fraction(gib / total, device)
+    cfg = replace(cfg, memory=min(cfg.memory, total))
+    torch.cuda.set_per_process_memory_fraction(cfg.memory / total, device)
+    return cfg
 
 
 def free(cfg, device):
@@ -91,7 +94,7 @@ def free(cfg, device):
     return min(free, cfg.memory * GIB - torch.cuda.memory_allocated(device)) if cfg.memory else free
 
 
-def estimate(cfg, clips, checkpointing):
+def estimate(cfg, clips, checkpointing, compiled=True):
     """Peak bytes of training with micro-batches of `clips`, from the sizes alone; its constants are measured (bench.py)."""
     size = model.resolve_size(cfg.model.size)
     T, N = cfg.data.clip_frames, (size["image_size"] // 16) ** 2
@@ -100,22 +103,22 @@ def estimate(cfg, clips, checkpointing):
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in model._empty(cfg.model.size))
     weights = bytes_each * (predictor + (0 if cfg.data.latents else encoder))
     adapters = 16 * size["predictor_depth"] * cfg.lora.rank * 18 * width       # four linear layers: 9 widths in, 9 out
-    one = tokens * width * bytes_each * (BLOCK if cfg.compile else BLOCK_EAGER)     # what a block keeps for its backward pass
+    one = tokens * width * bytes_each * (BLOCK if compiled else BLOCK_EAGER)     # what a block keeps for its backward pass
     kept = tokens * width * bytes_each * size["predictor_depth"] + one if checkpointing else one * size["predictor_depth"]
     latents = clips * T * N * D * (LATENT + (0 if cfg.data.latents else ENCODER * bytes_each))
-    return weights + adapters + kept + latents
+    return weights + adapters + kept + latents + REST
 
 
-def fit(cfg):
+def fit(cfg, compiled=True):
     """For cfg.memory: the largest micro-batch that fits at the same clips per step, without checkpointing if two clips do.
 
     -> (cfg, what was picked). Raises ValueError if not even one clip with checkpointing fits."""
     if not cfg.memory:
         return cfg, ""
     clips = cfg.batch_size * cfg.grad_accum
-    sizes = [b for b in (8, 4, 2, 1) if clips % b == 0]
+    sizes = [b for b in range(8, 0, -1) if clips % b == 0]
     for b, checkpointing in [(b, False) for b in sizes if b > 1 or clips == 1] + [(b, True) for b in sizes]:
-        need = estimate(cfg, b, checkpointing) / GIB
+        need = estimate(cfg, b, checkpointing, compiled) / GIB
         if need <= ROOM * cfg.memory:
             return (replace(cfg, batch_size=b, grad_accum=clips // b, activation_checkpointing=checkpointing),
                     f"--memory={cfg.memory:g}: picked --batch_size={b} --grad_accum={clips // b} "

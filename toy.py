@@ -326,7 +326,10 @@ def finetune(out, cfg, data, run, stop_at=0):
     latents.encode(deepcopy(cfg))
     if stop_at:
         train.train(replace(cfg, max_steps=stop_at, decay_steps=0))
-    return train.train(replace(cfg, resume=True))
+    last = train.train(replace(cfg, resume=True))
+    if last.name != f"step_{cfg.max_steps}":       # stopped by Ctrl-C: half-trained adapters tell nothing
+        sys.exit(f"toy.py: stopped at {last}")
+    return last
 
 
 def look(out, cfg, camera, adapters, planes, planners, folder):
@@ -456,6 +459,8 @@ def _around_the_truth(arrays, cubes, ticks, reach):
 
 
 def main(args):
+    if args:
+        sys.exit(__doc__)
     torch.set_num_threads(1)        # such small networks gain little from more, and numbers repeat
     shutil.rmtree(OUT, ignore_errors=True)          # this folder is the toy's own
     started = time.monotonic()

@@ -9,6 +9,7 @@ prints one table (means over all pairs, 95 % interval with whole episodes drawn,
 """
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -136,8 +137,11 @@ def draw(result, path):
 
 
 def main(args):
+    given = re.fullmatch(r"--seeds=(\d+(,\d+)*)", " ".join(args))
+    if args and not given:
+        sys.exit(__doc__)
     torch.set_num_threads(1)
-    seeds = [int(n) for arg in args if arg.startswith("--seeds=") for n in arg.removeprefix("--seeds=").split(",")] or list(range(5))
+    seeds = [int(n) for n in given[1].split(",")] if given else list(range(5))
     for seed in seeds:
         run(seed)
     result = study(seeds)

@@ -60,8 +60,7 @@ def train(cfg):
     device = model.resolve_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    speed.limit(cfg.memory, device)
-    cfg, picked = speed.fit(cfg)
+    cfg, picked = speed.fit(speed.limit(cfg, device), speed.compiles(cfg, device))
     try:
         return _train(cfg, device, picked)
     except torch.OutOfMemoryError:
@@ -89,7 +88,7 @@ def _train(cfg, device, picked):
     predictor.activation_checkpointing = cfg.activation_checkpointing
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
-    fast = cfg.compile and not cfg.debug and device.type == "cuda"
+    fast = speed.compiles(cfg, device)
     if fast:
         for blocks in (predictor.predictor_blocks, encoder.blocks if encoder else ()):
             speed.compile_blocks(blocks)
@@ -173,13 +172,14 @@ def _train(cfg, device, picked):
                 _save_state(out / f"step_{done}", cfg, rank, ranks, predictor, optimizer, scaler, loader)
                 metrics.say(f"saved {out}/step_{done}; {loader.report()}")
                 last_save = done
-            if cfg.gcs_dir and rank == 0 and (time.monotonic() - last_upload > 60 * cfg.gcs_minutes
-                                              or done == cfg.max_steps or leaving):
+            uploading = cfg.gcs_dir and rank == 0 and (
+                time.monotonic() - last_upload > 60 * cfg.gcs_minutes or done == cfg.max_steps or leaving)
+            if uploading:
                 import gcs
                 gcs.upload(out, cfg.gcs_dir)
                 last_upload = time.monotonic()
             metrics.bar.update()
-            if logging or evaluating or saving or step == start:            # the first step compiles
+            if logging or evaluating or saving or uploading or step == start:            # the first step compiles
                 since, counted, waited = time.monotonic(), 0, 0.0
             if leaving:
                 metrics.say(f"stopped by a signal after step {done}; go on with --resume")

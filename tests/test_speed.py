@@ -18,14 +18,21 @@ VITG = ["config.yaml", "--data.path=nowhere"]
 
 
 @pytest.mark.parametrize("gib, args, batch, checkpointing", [
-    (80, [], 8, False), (22, [], 4, False), (15, [], 2, False), (6, [], 4, True), (4, [], 1, True),
-    (40, ["--data.latents=x"], 8, False), (15, ["--data.latents=x"], 4, False), (5, ["--data.latents=x"], 8, True), (2, ["--data.latents=x"], 2, True)])
+    (80, [], 8, False), (22, [], 4, False), (15, [], 2, False), (6, [], 2, True), (4.5, [], 1, True),
+    (40, ["--data.latents=x"], 8, False), (15, ["--data.latents=x"], 4, False), (5, ["--data.latents=x"], 4, True), (2, ["--data.latents=x"], 1, True)])
 def test_a_budget_picks_micro_batches_and_checkpointing(gib, args, batch, checkpointing):
     """For ViT-g; the clips of a step stay the same. bench.py --memory=… checks on a GPU that what was picked fits."""
     cfg, text = speed.fit(config.load([*VITG, f"--memory={gib}", *args]))
     assert (cfg.batch_size, cfg.activation_checkpointing) == (batch, checkpointing)
     assert cfg.batch_size * cfg.grad_accum == 32 and f"--batch_size={batch} " in text
     assert speed.estimate(cfg, cfg.batch_size, checkpointing) < gib * speed.GIB
+
+
+@pytest.mark.parametrize("arg, says", [("--parts=foo", "--parts are some of training"), ("--repeats=x", "x"), ("--repeats=0", "--repeats"),
+                                       ("--model.sise=tiny", "did you mean model.size")])
+def test_bench_names_a_slip(arg, says):
+    with pytest.raises(SystemExit, match=f"bench.py: .*{says}"):
+        bench.main(["--device=cpu", arg])
 
 
 def test_no_budget_leaves_the_recipe_and_one_too_small_says_what_to_do():
@@ -59,9 +66,9 @@ def test_out_of_memory_ends_in_advice_and_the_last_checkpoint_is_intact(base, tm
     (21.5, False, 8, False), (6.2, False, 2, False), (42.0, False, 16, False), (7.9, True, 2, False), (23.2, True, 8, False),
     (3.8, True, 2, True), (1.7, False, 1, True)])
 def test_the_estimate_is_near_what_was_measured(measured, from_frames, clips, checkpointing):
-    """GiB that bench.py showed on an H200 in bf16: never much under it (an estimate too low would not fit), never far above."""
+    """GiB that bench.py showed on an H200 in bf16: never under it (what is picked must fit), never far above."""
     cfg = config.load([*VITG, *([] if from_frames else ["--data.latents=x"])])
-    assert measured - 0.7 < speed.estimate(cfg, clips, checkpointing) / speed.GIB < 1.15 * measured
+    assert measured <= speed.estimate(cfg, clips, checkpointing) / speed.GIB < 1.2 * measured
 
 
 def test_advice_names_only_what_is_left_to_change():
@@ -85,6 +92,6 @@ def test_the_table_of_speeds_runs_on_a_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "runs/bench/bench.json").read_text())["rows"]}
     assert len(rows) >= 14 and all(row["ms"] > 0 for row in rows.values())
-    for name in rows:
-        assert name in result.stdout
-    assert rows["step from latents, 2 clips"]["ms"] < rows["step from frames, 2 clips, plain"]["ms"]
+    assert {"step from frames, 2 clips, plain", "step from latents, 2 clips", "50 candidate actions, one step",
+            "reading 64 random clips of stored latents, 2 a batch"} <= rows.keys()
+    assert rows["step from latents, 2 clips"]["clips"] == 2

@@ -12,9 +12,10 @@ import torch
 aten = torch.ops.aten
 
 
-def has_fast_attention(x, steps):
-    """Where it was measured to help: half precision on Hopper GPUs and later, clips of some length."""
-    return steps >= 8 and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (9, 0)
+def has_fast_attention(x, steps, head_dim):
+    """Where it was measured to help: half precision on Nvidia's Hopper GPUs and later, clips of some length."""
+    return (steps >= 8 and head_dim % 8 == 0 and x.is_cuda and torch.version.cuda is not None
+            and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (9, 0))
 
 
 @torch.library.custom_op("vjepa2::block_causal_attention", mutates_args=())

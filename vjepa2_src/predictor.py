@@ -47,7 +47,7 @@ class Predictor(nn.Module):
         s = self.state_encoder(states.to(dtype)).unsqueeze(2)                       # [B, T, 1, P]
         x = torch.cat([a, s, x], dim=2).flatten(1, 2)                               # [B, T*(2+N), P]
         table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device)
-        fast = has_fast_attention(x, T)
+        fast = has_fast_attention(x, T, self.head_dim)
         steps = T if fast else 1
         mask = causal_mask(T, N_COND + N, z.device) if T > 1 and not fast else None
         for block in self.predictor_blocks:
