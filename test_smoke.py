@@ -12,6 +12,7 @@ import torch
 import energy
 import lora
 import model
+import tabletop
 import toy
 import train
 from latents import Latents
@@ -57,7 +58,7 @@ def test_the_science(story):
     last = [json.loads(line) for line in (out / "lora/metrics.jsonl").read_text().splitlines()][-1]
     assert last["val_rollout"] < 1.11 * last["val_teacher_forcing"]                         # [1.05, 1.06, 1.06]
     cfg = toy.recipe(out, f"--data.latents={out}/latents_data", "--energy.pairs=12")
-    encoder, predictor = model.load(out / "base.pt", toy.SIZE)
+    encoder, predictor = model.load(out / "base.pt", tabletop.SIZE)
     lora.load(predictor, out / "lora/step_150")
     for pair, clip in enumerate(energy.read_clips(cfg)):
         losses = model.WorldModel(encoder, predictor.eval()).losses(*(clip[key][None].float() for key in ("h", "actions", "states")))
@@ -73,7 +74,7 @@ def test_the_toy_leaves_what_it_says(story, capsys):
     assert train.saved_steps(out / "lora") == [100, 150]
     steps = [json.loads(line)["step"] for line in (out / "lora/metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
-    encoder, predictor = model.load(out / "base.pt", toy.SIZE)
+    encoder, predictor = model.load(out / "base.pt", tabletop.SIZE)
     lora.load(predictor, out / "lora/step_150")
     assert all(layer.lora_B.abs().sum() > 0 for layer in lora._adapted(predictor).values())
     assert seen[3]["controls"]["null"] == 0 and not [line for line in seen[3]["remarks"] if line.startswith("WARNING")]

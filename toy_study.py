@@ -23,6 +23,7 @@ import compare
 import config
 import energy
 import figures
+import tabletop
 import toy
 from measures import bootstrap, calibration
 
@@ -40,11 +41,11 @@ def run(seed):
         shutil.rmtree(out, ignore_errors=True)
         toy.story(out, seed, n_episodes=135, overrides=SETTINGS)
     cfg = toy.recipe(out, f"--seed={seed}", *SETTINGS)
-    episodes = toy.make_episodes(np.random.default_rng(1 + seed), 135, length=27)
-    both = [one | {"frames": {toy.CAMERA_B: one["frames"][camera]}} for one in episodes for camera in (toy.CAMERA_A, toy.CAMERA_B)]
-    toy.write_rlds(out / "mixed", both, n_shards=4)         # a view keeps its episode's name: held out are both or none
+    episodes = tabletop.make_episodes(np.random.default_rng(1 + seed), 135, length=27)
+    both = [one | {"frames": {tabletop.CAMERA_B: one["frames"][camera]}} for one in episodes for camera in (tabletop.CAMERA_A, tabletop.CAMERA_B)]
+    tabletop.write_rlds(out / "mixed", both, n_shards=4)         # a view keeps its episode's name: held out are both or none
     mix = toy.finetune(out, toy.recipe(out, f"--seed={seed}", *SETTINGS, *MIX), "mixed", "mix")
-    for camera, folder in ((toy.CAMERA_A, "mix_A"), (toy.CAMERA_B, "mix_B")):
+    for camera, folder in ((tabletop.CAMERA_A, "mix_A"), (tabletop.CAMERA_B, "mix_B")):
         toy.look(out, cfg, camera, [mix], ("xy", "xz"), cfg.energy.planners, folder)
 
 

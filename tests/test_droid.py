@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 import clips
 import config
 import droid
-import toy
+import tabletop
 
 LENGTHS = {"a": 30, "b": 41, "c": 23, "d": 36, "e": 28}
 NAMES = {k: f"/lab/{'failure' if k == 'e' else 'success'}/ep_{k}/trajectory.h5" for k in LENGTHS}
@@ -32,14 +32,14 @@ def episode(name, shape=(24, 32)):
     states[:, 3:6] = Rotation.from_euler("xyz", states[:, 3:6]).as_euler("xyz")     # roll crosses ±π
     states[:, 6] = random.uniform(0, 1, n)
     frames = np.broadcast_to((SHADE * np.arange(n, dtype=np.uint8))[:, None, None, None], (n, *shape, 3))
-    return {"states": states, "frames": {c: frames for c in toy.CAMERAS}, "file_path": NAMES[name]}
+    return {"states": states, "frames": {c: frames for c in tabletop.CAMERAS}, "file_path": NAMES[name]}
 
 
 @pytest.fixture(scope="module")
 def rlds(tmp_path_factory):
     pytest.importorskip("tensorflow")
     folder = tmp_path_factory.mktemp("rlds")
-    toy.write_rlds(folder, [episode(name) for name in LENGTHS], n_shards=2)
+    tabletop.write_rlds(folder, [episode(name) for name in LENGTHS], n_shards=2)
     return folder
 
 
@@ -166,7 +166,7 @@ def test_both_readers_give_the_same(tmp_path):
     tf = droid.tensorflow()
     noise = np.random.default_rng(0).integers(0, 256, (5, 18, 32, 3)).astype(np.uint8).repeat(10, 1).repeat(10, 2)
     one = episode("c") | {"frames": {"wrist_image_left": noise.repeat(5, 0)[:23]}}
-    toy.write_rlds(tmp_path, [one], 1)
+    tabletop.write_rlds(tmp_path, [one], 1)
     decoded = np.stack([tf.io.decode_jpeg(tf.io.encode_jpeg(x, quality=95), dct_method="INTEGER_ACCURATE").numpy()
                         for x in one["frames"]["wrist_image_left"]])
     (tmp_path / "npz").mkdir()
@@ -252,7 +252,7 @@ def test_ranks_share_no_clip_and_miss_none(source):
 
 
 def test_many_shards_are_split_by_shard(tmp_path):
-    toy.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=16)       # twelve of them empty
+    tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=16)       # twelve of them empty
     cfg = recipe(tmp_path, "--data.max_bad_episodes=20")
     loaders = [clips.Clips(droid.open_source(cfg), cfg, "train", False, rank, 2) for rank in range(2)]
     assert not set(loaders[0].files) & set(loaders[1].files)
@@ -287,7 +287,7 @@ def test_settings_reach_the_clips(rlds):
 def test_drop_idle(tmp_path):
     one = episode("b")
     one["states"][12:30] = one["states"][12]            # joint velocity follows the pose in write_rlds
-    toy.write_rlds(tmp_path, [one], 1)
+    tabletop.write_rlds(tmp_path, [one], 1)
     cfg = recipe(tmp_path, "--data.drop_idle", "--data.clip_stride=1", "--data.only_success=false")
     with pytest.raises(ValueError, match="no clip for train"):
         next(iter(droid.create_dataloader(cfg)))        # 12 and 11 moving steps are both under 16
@@ -330,7 +330,7 @@ def flip(path, at):
 
 @pytest.fixture
 def one_shard(tmp_path):
-    toy.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=1)
+    tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=1)
     return next(tmp_path.iterdir())
 
 
@@ -372,15 +372,15 @@ def nan_pose():
 ])
 def test_a_bad_episode_is_left_out_counted_and_named(tmp_path, monkeypatch, capsys, bad, says):
     bad = bad()
-    fields = toy._droid_fields
+    fields = tabletop._droid_fields
 
     def spoiled(tf, one):
         out = fields(tf, {k: v for k, v in one.items() if k != "jpeg"})
         if "jpeg" in one:
             out["steps/observation/wrist_image_left"][4] = one["jpeg"]
         return out
-    monkeypatch.setattr(toy, "_droid_fields", spoiled)
-    toy.write_rlds(tmp_path, [episode("a"), bad, episode("d")], n_shards=1)
+    monkeypatch.setattr(tabletop, "_droid_fields", spoiled)
+    tabletop.write_rlds(tmp_path, [episode("a"), bad, episode("d")], n_shards=1)
     loader = droid.create_dataloader(recipe(tmp_path), shuffle=False)
     left = [clip for clip in all_clips("b") if clip[1] > 4] if "image" in says else []     # clips without frame 4
     assert sorted(which(take(loader, 1000))) == sorted(all_clips("ad") + left)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import test_droid
-import toy
+import tabletop
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("gcp_storage_emulator")
@@ -40,7 +40,7 @@ def gs(tmp_path_factory):
 
 def test_records_are_streamed_from_a_bucket(gs, tmp_path):
     """The same clips in the same order as from the local folder; what is not there ends in one line."""
-    toy.write_rlds(tmp_path, [test_droid.episode(name) for name in "abcd"], n_shards=2)
+    tabletop.write_rlds(tmp_path, [test_droid.episode(name) for name in "abcd"], n_shards=2)
     out, _ = gs("""
 import sys, torch, droid, test_droid as t
 from pathlib import Path

@@ -19,7 +19,7 @@ import droid
 import energy
 import latents
 import model
-import toy
+import tabletop
 import train
 
 FILES = 6
@@ -29,7 +29,7 @@ FILES = 6
 def rlds(tmp_path_factory):
     pytest.importorskip("tensorflow")
     folder = tmp_path_factory.mktemp("rlds")
-    toy.write_rlds(folder, toy.make_episodes(np.random.default_rng(0), 8, 11), n_shards=3)
+    tabletop.write_rlds(folder, tabletop.make_episodes(np.random.default_rng(0), 8, 11), n_shards=3)
     return folder
 
 
