@@ -1,6 +1,7 @@
 """A store of latents gives the clips, the order and the losses of the frames it was made from, however often it was stopped."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,8 +116,11 @@ def test_two_processes_write_the_store_of_one(base, tmp_path):
     whole = latents.encode(recipe(base, tmp_path, f"--data.latents={tmp_path}/whole"))
     cfg = recipe(base, tmp_path, f"--data.latents={tmp_path}/shared")
     (tmp_path / "two.yaml").write_text(json.dumps(config.asdict(cfg)))              # JSON is YAML
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "latents.py",
-                    str(tmp_path / "two.yaml")], check=True, capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "latents.py",
+                             str(tmp_path / "two.yaml")], check=True, capture_output=True, text=True, timeout=100,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    shares = re.findall(r"(\d+) frames, .* by rank (\d) of 2", result.stdout)
+    assert sorted(rank for _, rank in shares) == ["0", "1"] and {int(frames) for frames, _ in shares} == {3 * 12}
     assert contents(tmp_path / "shared") == contents(whole) and len(contents(whole)) > 4
 
 

@@ -73,6 +73,13 @@ def test_six_steps_equal_three_a_signal_and_three(base, tmp_path, monkeypatch, a
         assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
 
 
+def test_training_drops_what_the_recipe_says(base, tmp_path):
+    """The first loss is the base model's; then the adapters have learned from different inputs."""
+    first, last = zip(*([lines(tmp_path / run)[0]["loss"], lines(tmp_path / run)[-1]["loss"]] for run, dropout in (("a", 0), ("b", 0.5))
+                        if train.train(recipe(base, tmp_path / run, "--val_every=0", "--max_steps=3", f"--lora.dropout={dropout}"))))
+    assert first[0] == first[1] and last[0] != last[1]
+
+
 def test_a_lost_step_is_run_again_and_logged_once(base, tmp_path, monkeypatch):
     """The run dies after step 5, its newest checkpoint is step 4."""
     train.train(recipe(base, tmp_path / "whole", "--save_every=2"))
