@@ -6,8 +6,8 @@
 
 Keys of config.yaml apply. Tensors are random, no data set and no TensorFlow is needed. Times are medians of `--repeats=10` runs after
 a warm-up, with the spread between the fastest and the slowest; first: the first call, compilation included. TFLOP/s count
-the matrix products and the attention that a pair of tokens needs (once forward, once for inputs' gradients, none for frozen weights'
-gradients, none twice for checkpointing); share: of the rate that a large matrix product reaches on this card. "plain" is the
+what the objective needs: matrix products forward and for the inputs' gradients (frozen weights have none), attention of the pairs
+that see each other forward and, twice that, backward; nothing twice for checkpointing; share: of the rate that a large matrix product reaches on this card. "plain" is the
 reference: the same networks module by module, fp32 weights under autocast, dense mask, no compilation, PEFT's LoRA if PEFT is there.
 """
 import dataclasses
@@ -38,12 +38,17 @@ from vjepa2_src.predictor import N_COND
 OUT = Path("runs/bench")
 
 
+def block_weights(part):
+    """Numbers in the matrices of a network's blocks."""
+    return sum(p.numel() for block in part for p in block.parameters() if p.ndim == 2)
+
+
 def flops_per_clip(cfg, from_frames):
     """Of the objective, forward and backward, for one clip."""
     size = model.resolve_size(cfg.model.size)
-    encoder, predictor = model._empty(cfg.model.size)
+    _, predictor = model._empty(cfg.model.size)
     N, T = predictor.grid ** 2, cfg.data.clip_frames
-    linear = sum(p.numel() for p in predictor.predictor_blocks.parameters() if p.ndim == 2)
+    linear = block_weights(predictor.predictor_blocks)
     ends = 2 * size["encoder_dim"] * size["predictor_dim"]
     total = 0.0
     for steps in [T - 1, *range(2, cfg.rollout + 1)]:
@@ -147,7 +152,6 @@ class Training:
             speed.compile_blocks(predictor.predictor_blocks)
             if from_frames:
                 speed.compile_blocks(encoder.blocks)
-        if self.graphed:
             self.work = speed.Graphed(self.work, self.trainable)
         if device.type == "cuda":
             self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
@@ -251,7 +255,7 @@ def networks(table, cfg):
     states, chunk = torch.zeros(1, 7), energy.chunk_size(cfg, device)
     K = 1000 if device.type == "cuda" else 50
     actions = 0.05 * torch.randn(K, 7)
-    linear = sum(p.numel() for p in world.predictor.predictor_blocks.parameters() if p.ndim == 2)
+    linear = block_weights(model._empty(cfg.model.size)[1].predictor_blocks)        # without the adapter's
     flops = K * (N + N_COND) * (2 * (linear + 2 * D * size["predictor_dim"])
                                 + 4 * (N + N_COND) * size["predictor_dim"] * size["predictor_depth"])
 

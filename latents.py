@@ -42,6 +42,7 @@ def encode(cfg):
     folder, data = folder_of(cfg), cfg.data
     data.latents = ""                                       # read images
     device = model.resolve_device(cfg.device)
+    cfg = speed.limit(cfg, device)
     precision = model.resolve_precision(cfg.precision, device)
     dtype = model.DTYPES[precision]
     torch.manual_seed(cfg.seed)

@@ -90,8 +90,8 @@ def limit(cfg, device):
 
 def free(cfg, device):
     """Bytes that may still be allocated: within cfg.memory if that is set."""
-    free = torch.cuda.mem_get_info(device)[0]
-    return min(free, cfg.memory * GIB - torch.cuda.memory_allocated(device)) if cfg.memory else free
+    on_card = torch.cuda.mem_get_info(device)[0]
+    return min(on_card, cfg.memory * GIB - torch.cuda.memory_allocated(device)) if cfg.memory else on_card
 
 
 def estimate(cfg, clips, checkpointing, compiled=True):

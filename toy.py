@@ -54,7 +54,7 @@ def recipe(out, *overrides):
 
 
 def prepare(out, seed, n_episodes, encoder_steps, predictor_steps):
-    """Writes data/ (all cameras), shuffled/ (camera B's images under the poses of other episodes) and base.pt -> the episodes."""
+    """Writes data/ (all cameras), shuffled/ (camera B's images under the poses of other episodes) and base.pt."""
     episodes = make_episodes(np.random.default_rng(1 + seed), n_episodes, length=27)
     write_rlds(out / "data", episodes, n_shards=4)
     write_rlds(out / "shuffled", [one | {"states": other["states"], "frames": {CAMERA_B: one["frames"][CAMERA_B]}}
@@ -62,7 +62,6 @@ def prepare(out, seed, n_episodes, encoder_steps, predictor_steps):
     print(f"{out}/data: {len(episodes)} episodes of {len(episodes[0]['states'])} frames, {len(CAMERAS)} cameras, 4 shards")
     losses = pretrain(out / "base.pt", seed, encoder_steps, predictor_steps)
     print(f"{out}/base.pt: learned from camera A; losses {losses[0]:.4f} (encoder), {losses[1]:.4f} (predictor)")
-    return episodes
 
 
 def finetune(out, cfg, data, run, stop_at=0):

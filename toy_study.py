@@ -4,8 +4,8 @@
     python toy_study.py --seeds=0,1     # the ones that are there already are not run again
 
 Beside what toy.py does, each seed has adapters of more steps and a mix: a larger adapter, trained for longer on as many
-clips of camera A as of camera B. Writes study.json,
-prints one table (means over all pairs, 95 % interval with whole episodes drawn, and the seeds' own means), and draws evolution.png.
+clips of camera A as of camera B. Writes study.json, prints one table (means over all pairs, 95 % interval with whole episodes
+drawn, and the range of the seeds' own means; W* seed by seed), and draws evolution.png.
 """
 import io
 import json
@@ -25,7 +25,7 @@ import energy
 import figures
 import tabletop
 import toy
-from measures import bootstrap, calibration
+from measures import bootstrap
 
 OUT = Path("runs/toy_study")
 SETTINGS = ["--energy.pairs=64", "--energy.per_episode=4", "--data.val_fraction=0.2", "--milestones=[25, 50, 100]"]
@@ -54,6 +54,7 @@ def gather(seeds, folder):
     values, angles, episodes = {}, {}, []
     for seed in seeds:
         arrays = energy.load(OUT / f"seed_{seed}" / folder / "landscapes.npz")
+        result = json.loads((OUT / f"seed_{seed}" / folder / "comparison.json").read_text())
         numbers = compare.per_pair(arrays)
         episodes += [f"{seed} {name}" for name in arrays["episodes"]]
         for c, name in enumerate(arrays["checkpoints"].tolist()):
@@ -61,8 +62,7 @@ def gather(seeds, folder):
             own["turned error"] = toy.turned_error(arrays, c)
             for key, row in own.items():
                 values.setdefault(name, {}).setdefault(key, []).append(row)
-            lowest = arrays["actions_xy"][np.arange(len(own["turned error"])), arrays["energy_xy"][c].argmin(axis=1), :2]
-            angles.setdefault(name, []).append(calibration(lowest, arrays["true_actions"][:, :2])["angle"])
+            angles.setdefault(name, []).append(result["checkpoints"][name]["calibration"]["xy"]["angle"])
     return values, angles, np.array(episodes)
 
 
@@ -106,7 +106,7 @@ def table(result):
         row = []
         for title in titles:
             cell, n = cells.get(title), digits.get(title, 0)
-            row.append("" if cell is None else " / ".join(f"{x:.0f}" for x in cell["seeds"]) if "mean" not in cell else
+            row.append("" if cell is None else " / ".join("none" if x is None else f"{x:.0f}" for x in cell["seeds"]) if "mean" not in cell else
                        f"{cell['mean']:.{n}f} [{cell['low']:.{n}f}, {cell['high']:.{n}f}], {min(cell['seeds']):.{n}f} to {max(cell['seeds']):.{n}f}")
         text.append(f"| {what} | " + " | ".join(row) + " |")
     return "\n".join(text)

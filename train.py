@@ -139,10 +139,8 @@ def _train(cfg, device, picked):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                if device.type == "cuda":
-                    batch = {key: value.pin_memory() for key, value in batch.items()}       # copied while the GPU works
-                    if not graphed:
-                        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                if not graphed:                         # which copies it itself
+                    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
                 last = micro == cfg.grad_accum - 1
                 with nullcontext() if last or not ddp else objective.no_sync():     # one all-reduce a step
                     losses = work(batch)

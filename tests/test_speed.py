@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small import recipe
 
 import bench
 import config
+import energy
 import model
 import speed
 import train
@@ -33,6 +35,19 @@ def test_a_budget_picks_micro_batches_and_checkpointing(gib, args, batch, checkp
 def test_bench_names_a_slip(arg, says):
     with pytest.raises(SystemExit, match=f"bench.py: .*{says}"):
         bench.main(["--device=cpu", arg])
+
+
+def test_a_budget_is_held_and_lowered_to_what_the_card_has(monkeypatch):
+    """A T4 says that 14.6 of its 16 GiB are there; chunks of the analysis come from the budget, not from the free memory."""
+    held, device = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=14.6 * speed.GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: held.append(share))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (14 * speed.GIB, 14.6 * speed.GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: speed.GIB)
+    assert speed.limit(config.load([*VITG, "--memory=16"]), device).memory == 14.6
+    cfg = speed.limit(config.load([*VITG, "--memory=3"]), device)
+    assert cfg.memory == 3 and held == [1, pytest.approx(3 / 14.6)]
+    assert energy.chunk_size(cfg, device) == int(0.5 * 2 * speed.GIB / (258 * energy.BYTES_PER_TOKEN)) < energy.chunk_size(config.load(VITG), device)
 
 
 def test_no_budget_leaves_the_recipe_and_one_too_small_says_what_to_do():
