@@ -119,7 +119,7 @@ def test_two_processes_write_the_store_of_one(base, tmp_path):
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "latents.py",
                              str(tmp_path / "two.yaml")], check=True, capture_output=True, text=True, timeout=100,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
-    shares = re.findall(r"(\d+) frames, .* by rank (\d) of 2", result.stdout)
+    shares = re.findall(r"(\d+) frames, [\d.]+ GB by rank (\d) of 2", result.stdout)
     assert sorted(rank for _, rank in shares) == ["0", "1"] and {int(frames) for frames, _ in shares} == {3 * 12}
     assert contents(tmp_path / "shared") == contents(whole) and len(contents(whole)) > 4
 
