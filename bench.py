@@ -16,13 +16,13 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import config
 import droid
@@ -51,9 +51,8 @@ def flops_per_clip(cfg, from_frames):
     linear = block_weights(predictor.predictor_blocks)
     ends = 2 * size["encoder_dim"] * size["predictor_dim"]
     total = 0.0
-    for steps in [T - 1, *range(2, cfg.rollout + 1)]:
-        pairs = steps * (steps + 1) / 2 * (N + N_COND) ** 2
-        total += 3 * 4 * pairs * size["predictor_dim"] * size["predictor_depth"]               # attention: backward is twice
+    for steps, pairs in [(T - 1, T * (T - 1) / 2), *((1, n) for n in range(2, cfg.rollout + 1))]:      # of time steps
+        total += 3 * 4 * pairs * (N + N_COND) ** 2 * size["predictor_dim"] * size["predictor_depth"]  # attention: backward is twice
         total += 2 * 2 * steps * (N + N_COND) * (linear + ends)                                 # forward, inputs' gradient
     return total + (T * encode_flops(cfg) if from_frames else 0)
 
@@ -146,8 +145,9 @@ class Training:
             self.batch["h"] = model.layer_norm(torch.randn(clips, T, (S // 16) ** 2, size["encoder_dim"])).to(dtype)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self.work = partial(train.forward_backward, world, predictor, scaler, autocast, cfg.rollout, 1)
         self.graphed = compiled and speed.compiles(cfg, device)
+        fold = (lambda: None) if plain else partial(lora.fold, predictor, torch.compile(lora.write_sum, dynamic=True) if self.graphed else None)
+        self.work = partial(train.forward_backward, world, fold, scaler, autocast, cfg.rollout, 1)
         if self.graphed:
             speed.compile_blocks(predictor.predictor_blocks)
             if from_frames:
@@ -159,8 +159,19 @@ class Training:
 
     def __call__(self):
         batch = self.batch if self.graphed else {key: value.to(self.device, non_blocking=True) for key, value in self.batch.items()}
-        with mock.patch("vjepa2_src.predictor.has_fast_attention", return_value=False) if self.plain else nullcontext():
+        if not self.plain:
             return self.work(batch)
+        with mock.patch("vjepa2_src.predictor.has_fast_attention", return_value=False), mock.patch("model.WorldModel.losses", plain_losses):
+            return self.work(batch)
+
+
+def plain_losses(world, h, actions, states, rollout):
+    """`WorldModel.losses` without a memory: each step of the rollout goes through all steps before it again."""
+    z = world.predict(h[:, :-1], actions[:, :-1], states[:, :-1])
+    own = z[:, :1]
+    for n in range(2, rollout + 1):
+        own = torch.cat([own, world.predict(torch.cat([h[:, :1], own], dim=1), actions[:, :n], states[:, :n])[:, -1:]], dim=1)
+    return {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": F.l1_loss(own, h[:, 1:rollout + 1])}
 
 
 def _peft(predictor, cfg):

@@ -61,16 +61,14 @@ def rollout(world, h_context, states, h_goal, actions, chunk=64):
         k = len(own)
         h = h_context.expand(k, -1, -1, -1)                                         # [k, T, N, D]
         s = states.to(device).expand(k, -1, -1)                                     # [k, T, 7]
-        a = past.to(device).expand(k, -1, -1)                                       # [k, T-1, 7]
-        for step in range(H):
-            a = torch.cat([a, own[:, step:step + 1]], dim=1)
-            z = world.predict(h, a, s)[:, -1:]                                      # [k, 1, N, D]
-            if step + 1 < H:
-                h = torch.cat([h, z], dim=1)
-                after = apply_action(s[:, -1].detach().cpu().numpy(), own[:, step].detach().cpu().numpy())
-                after = torch.from_numpy(after).float().to(device)
-                after = after + F.pad(own[:, step, :3] - own[:, step, :3].detach(), (0, 4))     # its gradient: xyz adds up
-                s = torch.cat([s, after[:, None]], dim=1)
+        a = torch.cat([past.to(device).expand(k, -1, -1), own[:, :1]], dim=1)       # [k, T, 7]
+        z, memory = world.remember(h, a, s, keep=T if H > 1 else 0)
+        z = z[:, -1:]                                                               # [k, 1, N, D]
+        for step in range(1, H):
+            s = torch.from_numpy(apply_action(s[:, -1].detach().cpu().numpy(), own[:, step - 1].detach().cpu().numpy())).float().to(device)
+            moved = own[:, :step, :3].sum(dim=1)
+            s = (s + F.pad(moved - moved.detach(), (0, 4)))[:, None]                # [k, 1, 7]; its gradient: xyz adds up
+            z, memory = world.remember(z, own[:, step:step + 1], s, memory, keep=step + 1 < H)
         energies.append((z[:, 0] - h_goal).abs().mean(dim=(1, 2)))
     return torch.cat(energies)[:K]
 
@@ -145,6 +143,7 @@ def choose_adapter(predictor, adapter, lora_config):
     else:
         lora.load(predictor, adapter)
     predictor.requires_grad_(False).eval()
+    lora.fold(predictor)
     return lora.update_norm(predictor)
 
 
@@ -314,10 +313,11 @@ def _with_wrong_actions(world, h, clip, shuffled):
     shuffled = F.pad(torch.from_numpy(shuffled).float(), (0, 0, 0, 1)).to(h.device)[None]
     out = {name: world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
            for name, a in (("loss", actions), ("loss_shuffled", shuffled), ("loss_zero", torch.zeros_like(actions)))}
-    own = h[None, :1]
-    for n in range(1, len(h)):
-        own = torch.cat([own, world.predict(own, actions[:, :n], states[:, :n])[:, -1:]], dim=1)
-    return out | {"horizon_l1": (own[0, 1:] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
+    own, memory = [h[None, :1]], None
+    for n in range(len(h) - 1):
+        z, memory = world.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=1)
+        own.append(z)
+    return out | {"horizon_l1": (torch.cat(own[1:], dim=1)[0] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
 
 
 # Speed and memory
@@ -326,7 +326,9 @@ def chunk_size(cfg, device):
     """Action sequences a batch: 128 or what half of the free memory holds."""
     if device.type != "cuda":
         return 64
-    return int(max(1, min(128, 0.5 * speed.free(cfg, device) / (258 * cfg.energy.steps * BYTES_PER_TOKEN))))
+    e = cfg.energy
+    steps = max(e.steps, e.horizon if e.planners else 1)
+    return int(max(1, min(128, 0.5 * speed.free(cfg, device) / (258 * steps * BYTES_PER_TOKEN))))
 
 
 # Files and the command line

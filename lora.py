@@ -5,9 +5,12 @@
     lora.load(predictor, "step_1000")                   # injects where needed; reads PEFT's folders too
 
 A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen, A random and B zero at the start,
-so that training starts at the base model. Dropout (`draw_dropout`) drops the same inputs for all tokens of a micro-batch, on A's
-columns, which is free; PEFT draws anew for each token: one more pass over the activations of every layer, and its random numbers. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
+so that training starts at the base model. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
 Adapters are float32 whatever the base is. The folder is PEFT's, so `PeftModel.from_pretrained` reads it.
+
+Training and landscapes `fold` the update into a copy of the weights first: y = x (W + s B A)ᵀ + b is one matrix product, and the
+gradients of A and B come through the rank alone, so that no pass over the activations is spent on the update. Dropout drops the
+same inputs for all tokens of a micro-batch, on A's columns; PEFT draws anew for each token.
 """
 import json
 from pathlib import Path
@@ -34,15 +37,39 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
-        self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: `draw_dropout`
+        self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: 0 or 1 / (1 - dropout)
+        self.folded = None                                                      # W + s B A: `fold`
         self.train(base.training)
 
     def forward(self, x):
-        A = self.lora_A
-        if self.training and self.dropout:
-            A = A * self.keep                                                   # drops inputs without touching x
+        A = self.lora_A * self.keep if self.training and self.dropout else self.lora_A      # drops inputs without touching x
+        if self.folded is not None:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
+            x, weight, A, B = (tensor.to(dtype) for tensor in (x, self.folded, A, self.lora_B))
+            return _Folded.apply(x, weight, None if self.bias is None else self.bias.to(dtype), A, B, self.scale)
         low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
+
+
+class _Folded(torch.autograd.Function):
+    """x [..., in] -> x weightᵀ + bias with weight = W + scale · B A: one matrix product forward, one for x's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale):
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scale = scale
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight, A, B = ctx.saved_tensors
+        d_x, d_A, d_B = d_y @ weight, None, None
+        if ctx.needs_input_grad[3]:
+            x, d_y = x.flatten(0, -2), d_y.flatten(0, -2)                       # [tokens, in], [tokens, out]
+            d_A = (d_y @ (ctx.scale * B)).T @ x                                 # [rank, in]
+            d_B = ctx.scale * (d_y.T @ (x @ A.T))                               # [out, rank]
+        return d_x, None, None, d_A, d_B, None
 
 
 def _adapted(module):
@@ -81,11 +108,34 @@ def adapter_state(module):
             for name, layer in _adapted(module).items() for which in "AB"}
 
 
-def draw_dropout(module):
-    """Chooses anew which inputs the adapters of `module` drop in training: once for each micro-batch. 0 or 1 / (1 - dropout)."""
+@torch.no_grad()
+def fold(module, write=None):
+    """Puts W + s B A beside each adapter's W, for all calls until it is called again; in training with dropout drawn anew.
+
+    Once for each micro-batch, and before measuring. write: `write_sum`, maybe compiled."""
     for layer in _adapted(module).values():
-        if layer.dropout:
+        A = layer.lora_A
+        if layer.training and layer.dropout:
             layer.keep.bernoulli_(1 - layer.dropout).div_(1 - layer.dropout)
+            A = A * layer.keep
+        if layer.folded is None:
+            layer.folded = torch.empty_like(layer.weight)
+        (write or write_sum)(layer.folded, layer.weight, A, layer.lora_B, layer.scale)
+
+
+def write_sum(out, weight, A, B, scale):
+    """out [out, in] = weight + scale · B A, computed in float32 and rounded to their dtype.
+
+    To bfloat16 it rounds up or down by a threshold that is fixed for each element and spread evenly over them: to the nearest,
+    all of an update of less than half a step would be lost. An update of zero changes no bit."""
+    total = weight.float() + scale * (B @ A)
+    if weight.dtype == torch.bfloat16:
+        x = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).view(weight.shape)
+        x = (x ^ (x >> 16)) * 0x45D9F3B                 # a hash of the element's number; it wraps around
+        x = (x ^ (x >> 16)) * 0x45D9F3B
+        threshold = (x ^ (x >> 16)) & 0xFFFF            # of the 16 bits that bfloat16 lacks
+        total = ((total.view(torch.int32) + threshold) & -0x10000).view(torch.float32)
+    out.copy_(total)
 
 
 def save(folder, module, base=""):
@@ -167,6 +217,7 @@ def load(module, folder):
     for name, layer in _adapted(module).items():
         layer.lora_A.data.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
         layer.lora_B.data.copy_(state[f"{PREFIX}{name}.lora_B.weight"])
+        layer.folded = None
 
 
 @torch.no_grad()

@@ -258,8 +258,12 @@ class WorldModel(nn.Module):
 
     def predict(self, h, actions, states):
         """h [B, T, N, D], actions [B, T, 7], states [B, T, 7] -> latents of the frames 1..T: [B, T, N, D]."""
-        z = self.predictor(h.flatten(1, 2), actions, states)
-        return layer_norm(z.unflatten(1, h.shape[1:3]))
+        return self.remember(h, actions, states)[0]
+
+    def remember(self, h, actions, states, memory=None, keep=0):
+        """`predict` in parts, with a memory of the time steps seen: as `Predictor.remember`, h and the result [B, T, N, D]."""
+        z, memory = self.predictor.remember(h.flatten(1, 2), actions, states, memory, keep)
+        return layer_norm(z.unflatten(1, h.shape[1:3])), memory
 
     def losses(self, h, actions, states, rollout=2):
         """L1 losses, float32 scalars, means over all elements.
@@ -271,15 +275,15 @@ class WorldModel(nn.Module):
         T = h.shape[1]
         if rollout >= T:
             raise ValueError(f"rollout {rollout} needs more than {rollout} frames, the clip has {T}")
-        z = self.predict(h[:, :-1], actions[:, :-1], states[:, :-1])        # [B, T-1, N, D]
+        # the first time step of teacher forcing is the rollout's first too: it is remembered, and each further step computed alone
+        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=rollout > 1)         # [B, T-1, N, D]
         losses = {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": h.new_zeros(())}
         if rollout:
-            own = z[:, :1]                                                  # the model's frames 1..n
-            for n in range(2, rollout + 1):
-                context = torch.cat([h[:, :1], own], dim=1)                 # [B, n, N, D]
-                z = self.predict(context, actions[:, :n], states[:, :n])
-                own = torch.cat([own, z[:, -1:]], dim=1)
-            losses["rollout"] = F.l1_loss(own, h[:, 1:rollout + 1])
+            own = [z[:, :1]]                                                # the model's frames 1..n
+            for n in range(1, rollout):
+                z, memory = self.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1 < rollout)
+                own.append(z)
+            losses["rollout"] = F.l1_loss(torch.cat(own, dim=1), h[:, 1:rollout + 1])
         return losses
 
     def forward(self, actions, states, frames=None, h=None, rollout=2):

@@ -122,7 +122,8 @@ def _train(cfg, device, picked):
                 f"{cfg.batch_size * cfg.grad_accum * ranks} clips a step; {out} from step {start} to {cfg.max_steps}")
 
     objective = DistributedDataParallel(world, broadcast_buffers=False) if ddp else world
-    work = partial(forward_backward, objective, predictor, scaler, autocast, cfg.rollout, cfg.grad_accum)
+    write = torch.compile(lora.write_sum, dynamic=True) if fast else lora.write_sum
+    work = partial(forward_backward, objective, partial(lora.fold, predictor, write), scaler, autocast, cfg.rollout, cfg.grad_accum)
     graphed = fast and not ddp
     if graphed:
         work = speed.Graphed(work, trainable)
@@ -188,9 +189,9 @@ def _train(cfg, device, picked):
     return out / f"step_{last_save}"
 
 
-def forward_backward(objective, predictor, scaler, autocast, rollout, grad_accum, batch):
+def forward_backward(objective, fold, scaler, autocast, rollout, grad_accum, batch):
     """Adds a micro-batch's share of the gradient -> its losses, detached."""
-    lora.draw_dropout(predictor)
+    fold()
     with autocast:
         losses = objective(**batch, rollout=rollout)
         loss = sum(losses.values()) / grad_accum
@@ -202,6 +203,7 @@ def forward_backward(objective, predictor, scaler, autocast, rollout, grad_accum
 def evaluate(world, batches, cfg, autocast, device):
     """Mean losses over the validation batches of all ranks -> {"val_loss", "val_teacher_forcing", "val_rollout"}."""
     world.eval()
+    lora.fold(world.predictor)
     sums = torch.zeros(3, device=device, dtype=torch.float64)           # teacher forcing, rollout, clips
     for batch in batches:
         with autocast, speed.eager():

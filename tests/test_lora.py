@@ -88,18 +88,57 @@ def test_dropout_only_in_training_and_drawn_once_for_a_micro_batch(predictor):
     lora.inject(predictor, rank=4, dropout=0.5)
     give_B_values(predictor)
     whole = run(predictor)
-    lora.draw_dropout(predictor)
-    assert torch.equal(run(predictor), whole)
+    lora.fold(predictor)
+    assert torch.allclose(run(predictor), whole, atol=1e-5)
     predictor.train()
+    lora.fold(predictor)
     once = run(predictor)
     assert not torch.equal(once, whole) and torch.equal(run(predictor), once)
-    lora.draw_dropout(predictor)
+    lora.fold(predictor)
     assert not torch.equal(run(predictor), once)
     layer = lora._adapted(predictor)["predictor_blocks.0.mlp.fc2"]
     assert set(layer.keep.tolist()) == {0, 2}
     x = torch.randn(3, layer.in_features)
     expected = x @ layer.weight.T + layer.bias + layer.scale * (x * layer.keep) @ layer.lora_A.T @ layer.lora_B.T
     assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_folded_layers_give_the_output_and_the_gradients_of_the_formula(predictor, dtype, close, dropout):
+    lora.inject(predictor, rank=4, dropout=dropout)
+    give_B_values(predictor)
+    layer = lora._adapted(predictor)["predictor_blocks.0.mlp.fc2"].to(dtype).train()
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.float(), layer.lora_B.float()
+    lora.fold(layer)
+    random = torch.Generator().manual_seed(0)
+    x, d_y = (torch.randn(3, 5, n, generator=random) for n in (layer.in_features, layer.out_features))
+    found = []
+    for folded in (layer.folded, None):
+        layer.folded = folded
+        leaf = x.to(dtype).requires_grad_()
+        y = layer(leaf)
+        found.append([y, *torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), d_y.to(y.dtype))])
+    for one, other in zip(*found):
+        assert one.dtype == other.dtype and (one - other).norm() < close * other.norm()
+
+
+def test_folding_into_bfloat16_keeps_updates_smaller_than_its_steps():
+    """Rounded to the nearest, a small update would be lost; what is kept is measured along what it does to inputs."""
+    random = torch.Generator().manual_seed(0)
+    W, A, x = 0.03 * torch.randn(256, 512, generator=random), 0.02 * torch.randn(8, 512, generator=random), torch.randn(256, 512, generator=random)
+    W = W.to(torch.bfloat16)
+    out = torch.empty_like(W)
+    for size in (0, 1e-5, 1e-3):
+        B = size * torch.randn(256, 8, generator=random)
+        lora.write_sum(out, W, A, B, 8.0)
+        if size == 0:
+            assert torch.equal(out, W)
+            continue
+        wanted = x @ (8 * B @ A).T
+        kept, nearest = (((x @ (w.float() - W.float()).T) * wanted).sum() / wanted.square().sum()
+                         for w in (out, (W.float() + 8 * B @ A).to(torch.bfloat16)))
+        assert abs(kept - 1) < 0.05 and (nearest < 0.3 or size > 1e-5)
 
 
 def test_a_target_that_matches_nothing_raises(predictor):

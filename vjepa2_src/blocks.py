@@ -9,17 +9,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vjepa2_src.attention import block_causal_attention
+from vjepa2_src.attention import step_causal_attention
 
 
 @lru_cache(maxsize=64)
-def rope_table(head_dim, frames, rows, cols, grid, n_cond, device):
+def rope_table(head_dim, frames, rows, cols, grid, n_cond, device, first=0):
     """Cosines and signed sines that rotate queries and keys by their place in the video.
 
     A head's channels fall into three groups of `2 * (head_dim // 3 // 2)`, turned by frame, row and
-    column index; the channels left over stay as they are. Each frame's tokens are `n_cond` condition
-    tokens, turned by the frame alone, then rows × cols patches. Row and column indices are scaled to
-    the `grid` the network was trained on. Returns two [frames * (n_cond + rows * cols), head_dim]
+    column index; the channels left over stay as they are. The tokens are the rows × cols patches of each frame, from
+    frame `first` on, then `n_cond` condition tokens of each frame, turned by the frame alone. Row and column indices are
+    scaled to the `grid` the network was trained on. Returns two [frames * (rows * cols + n_cond), head_dim]
     float32 tensors, computed once per shape.
 
     A quirk that the released weights need: channels turn in neighbouring pairs (0,1), (2,3) …, yet
@@ -29,12 +29,13 @@ def rope_table(head_dim, frames, rows, cols, grid, n_cond, device):
     with torch.inference_mode(False):           # a table first made in inference must serve training
         frequency = 10000.0 ** (-torch.arange(group // 2, device=device) / (group / 2))
         frequency = frequency.tile(2)                                                   # [group]
-        patch = torch.arange(rows * cols, device=device)
-        place = torch.zeros(frames, n_cond + rows * cols, 3, device=device)
-        place[:, :, 0] = torch.arange(frames, device=device)[:, None]
-        place[:, n_cond:, 1] = patch // cols * (grid / rows)
-        place[:, n_cond:, 2] = patch % cols * (grid / cols)
-        angle = (place.flatten(0, 1)[:, :, None] * frequency).flatten(1)                # [L, 3 * group]
+        frame = torch.arange(first, first + frames, device=device, dtype=torch.float32)
+        patch = torch.arange(rows * cols, device=device).repeat(frames)
+        place = torch.zeros(frames * (rows * cols + n_cond), 3, device=device)
+        place[:, 0] = torch.cat([frame.repeat_interleave(rows * cols), frame.repeat_interleave(n_cond)])
+        place[:len(patch), 1] = patch // cols * (grid / rows)
+        place[:len(patch), 2] = patch % cols * (grid / cols)
+        angle = (place[:, :, None] * frequency).flatten(1)                              # [L, 3 * group]
         angle = F.pad(angle, (0, head_dim - 3 * group))                                 # [L, head_dim]
         sine = angle.sin()
         sine[:, 0::2].neg_()                    # (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)
@@ -49,10 +50,11 @@ def rotate(x, table):
 
 
 @lru_cache(maxsize=64)
-def causal_mask(frames, tokens_per_frame, device):
-    """[L, L] bool, True where a query may look: everything in its own time step and all earlier ones."""
+def causal_mask(frames, patches, n_cond, device):
+    """[L, L] bool, True where a query may look: everything in its own time step and all earlier ones. Tokens as in `rope_table`."""
     with torch.inference_mode(False):
-        step = torch.arange(frames, device=device).repeat_interleave(tokens_per_frame)  # [L]
+        step = torch.arange(frames, device=device)
+        step = torch.cat([step.repeat_interleave(patches), step.repeat_interleave(n_cond)])     # [L]
         return step[:, None] >= step[None, :]
 
 
@@ -63,17 +65,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, table, mask=None, steps=1):
-        """x [B, L, D] -> [B, L, D]; table from rope_table. Causal by time step with a mask from causal_mask or, faster where
-        attention.py runs, without one and with more than one step; else all tokens see each other."""
+    def forward(self, x, table, mask=None, sizes=None, past=None, keep=()):
+        """x [B, L, D] -> [B, L, D], memory; table from rope_table.
+
+        All tokens see each other, and those of `past` = (k, v) [B, H, L', head_dim] if given; causal by time step with a mask
+        from causal_mask or, where attention.py runs, with sizes = (steps, patches). memory: the keys and values, past ones
+        first, of the tokens in the spans `keep` = ((begin, end), …), as a later call's past; None without spans."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, L, head_dim] each
         q, k = rotate(q, table), rotate(k, table)
-        if steps > 1:
-            x, _ = block_causal_attention(q, k, v, steps)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        if sizes is not None:
+            x, _ = step_causal_attention(q, k, v, *sizes)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).flatten(2))                  # [B, L, D]
+        memory = tuple(torch.cat([z[:, :, i:j] for i, j in keep], dim=2) for z in (k, v)) if keep else None
+        return self.proj(x.transpose(1, 2).flatten(2)), memory          # [B, L, D]
 
 
 class MLP(nn.Module):
@@ -96,9 +104,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, table, mask=None, steps=1):
-        x = x + self.attn(self.norm1(x), table, mask, steps)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, table, mask=None, sizes=None, past=None, keep=()):
+        """As `Attention.forward`."""
+        change, memory = self.attn(self.norm1(x), table, mask, sizes, past, keep)
+        x = x + change
+        return x + self.mlp(self.norm2(x)), memory
 
 
 @torch.no_grad()

@@ -51,5 +51,5 @@ class Encoder(nn.Module):
                            self.grid, 0, clip.device)
         x = self.patch_embed(clip.to(self.norm.weight.dtype))       # [B, L, D]
         for block in self.blocks:
-            x = block(x, table)
+            x, _ = block(x, table)
         return self.norm(x)

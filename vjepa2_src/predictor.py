@@ -1,7 +1,8 @@
 """The action-conditioned predictor: from latents, actions and states of frames 0..t to the latents of t+1.
 
-As released: width 1024, depth 24, 16 heads, MLP ratio 4, 305,220,992 parameters. The tokens of one time
-step are [action, state, N patches]; attention is causal by time step and full inside it.
+As released: width 1024, depth 24, 16 heads, MLP ratio 4, 305,220,992 parameters. A time step has N patches, an action and a
+state; attention is causal by time step and full inside it. The order of tokens is ours (positions are in the rotations): the
+patches of all steps, then [action, state] of each.
 """
 import torch
 import torch.nn as nn
@@ -37,25 +38,42 @@ class Predictor(nn.Module):
         [B, T*N, encoder_dim]: for each frame t the latents of frame t+1, not layer-normed, in the
         weights' dtype (autocast's under it).
         """
+        return self.remember(z, actions, states)[0]
+
+    def remember(self, z, actions, states, memory=None, keep=0):
+        """As `forward`, in parts: -> predictions, the memory of time steps seen so far.
+
+        memory: what an earlier call returned; z, actions and states are then one time step that follows (T = 1), and no
+        step is computed twice. keep: time steps to remember, from the first; 0 for none."""
         T, N = actions.shape[1], self.grid ** 2
         if z.shape[1] != T * N or states.shape != actions.shape:
             raise ValueError(f"latents {list(z.shape)}, actions {list(actions.shape)}, states "
                              f"{list(states.shape)}: expected {T} x {N} tokens and equal shapes")
-        dtype = self.predictor_norm.weight.dtype
-        x = self.predictor_embed(z.to(dtype)).unflatten(1, (T, N))                  # [B, T, N, P]
-        a = self.action_encoder(actions.to(dtype)).unsqueeze(2)                     # [B, T, 1, P]
-        s = self.state_encoder(states.to(dtype)).unsqueeze(2)                       # [B, T, 1, P]
-        x = torch.cat([a, s, x], dim=2).flatten(1, 2)                               # [B, T*(2+N), P]
-        table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device)
-        fast = has_fast_attention(x, T, self.head_dim)
-        steps = T if fast else 1
-        mask = causal_mask(T, N_COND + N, z.device) if T > 1 and not fast else None
-        for block in self.predictor_blocks:
+        assert memory is None or T == 1, T
+        x = self.enter(z, actions, states)
+        seen = memory[0][0].shape[2] // (N + N_COND) if memory else 0
+        table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device, seen)
+        fast = memory is None and has_fast_attention(x, N, self.head_dim)
+        mask = causal_mask(T, N, N_COND, z.device) if T > 1 and not fast else None
+        spans = ((0, keep * N), (T * N, T * N + keep * N_COND)) if keep and not memory else ((0, (seen + T) * (N + N_COND)),) if keep else ()
+        remembered = []
+        for block, past in zip(self.predictor_blocks, memory or [None] * len(self.predictor_blocks)):
+            arguments = x, table, mask, (T, N) if fast else None, past, spans
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # the reentrant kind would leave adapters without gradients, silently
                 # nothing in a block is random: LoRA's dropout is drawn before
-                x = checkpoint(block, x, table, mask, steps, use_reentrant=False, preserve_rng_state=False)
+                x, kept = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, table, mask, steps)
-        x = x.unflatten(1, (T, N_COND + N))[:, :, N_COND:].flatten(1, 2)            # [B, T*N, P]
-        return self.predictor_proj(self.predictor_norm(x))
+                x, kept = block(*arguments)
+            remembered.append(kept)
+        return self.leave(x, T * N), remembered if keep else None
+
+    def enter(self, z, actions, states):
+        """-> tokens [B, T*N + T*2, P]"""
+        dtype = self.predictor_norm.weight.dtype
+        conditions = torch.stack([self.action_encoder(actions.to(dtype)), self.state_encoder(states.to(dtype))], dim=2)   # [B, T, 2, P]
+        return torch.cat([self.predictor_embed(z.to(dtype)), conditions.flatten(1, 2)], dim=1)
+
+    def leave(self, x, n):
+        """-> [B, n, encoder_dim] of the first n tokens"""
+        return self.predictor_proj(self.predictor_norm(x[:, :n]))
