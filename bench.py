@@ -36,6 +36,7 @@ import train
 from vjepa2_src.predictor import N_COND
 
 OUT = Path("runs/bench")
+MICRO_BATCHES = 4           # between two waits for the GPU; train.py runs grad_accum of them
 
 
 def block_weights(part):
@@ -74,8 +75,8 @@ class Table:
         self.row("one large matrix product", lambda: a @ a, flops=2 * n ** 3)
         self.peak = self.rows[0]["tflops"]
 
-    def row(self, name, work, clips=0, flops=0.0, repeats=0):
-        """Times `work`; clips and flops of one call."""
+    def row(self, name, work, clips=0, flops=0.0, repeats=0, calls=1):
+        """Times `work`; clips and flops of one call. calls: one after the other without waiting for the GPU."""
         gc.collect()
         cuda = self.device.type == "cuda"
         if cuda:
@@ -83,7 +84,7 @@ class Table:
             torch.cuda.reset_peak_memory_stats()        # the first call counts: a graph's memory is taken there
         try:
             first = self._seconds(work)
-            times = sorted(self._seconds(work) for _ in range(repeats or self.repeats))
+            times = sorted(self._seconds(work, calls) / calls for _ in range(repeats or self.repeats))
         except torch.OutOfMemoryError:
             print(f"{name:<66} out of memory", flush=True)
             return None
@@ -99,11 +100,12 @@ class Table:
         print(line(row), flush=True)
         return row
 
-    def _seconds(self, work):
+    def _seconds(self, work, calls=1):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -146,12 +148,10 @@ class Training:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.graphed = compiled and speed.compiles(cfg, device)
-        fold = (lambda: None) if plain else partial(lora.fold, predictor, torch.compile(lora.write_sum, dynamic=True) if self.graphed else None)
+        write_sum = speed.compile_training(world) if self.graphed else lora.write_sum
+        fold = (lambda: None) if plain else partial(lora.fold, predictor, write_sum)
         self.work = partial(train.forward_backward, world, fold, scaler, autocast, cfg.rollout, 1)
         if self.graphed:
-            speed.compile_blocks(predictor.predictor_blocks)
-            if from_frames:
-                speed.compile_blocks(encoder.blocks)
             self.work = speed.Graphed(self.work, self.trainable)
         if device.type == "cuda":
             self.batch = {key: value.pin_memory() for key, value in self.batch.items()}
@@ -204,7 +204,7 @@ def training(table, cfg):
         source = "frames" if options["from_frames"] else "latents"
         work = Training(cfg, device, clips, **options)
         table.row(f"step from {source}, {clips} clips{', ' if name else ''}{name}", work, clips,
-                  clips * (frames if options["from_frames"] else stored))
+                  clips * (frames if options["from_frames"] else stored), calls=MICRO_BATCHES)
         trainable = work.trainable
         del work
     for name in ("adamw8bit", "adamw"):
@@ -235,7 +235,7 @@ def picked(table, cfg):
         print(f"from {source}: {text}")
         work = Training(own, table.device, own.batch_size, source == "frames", own.activation_checkpointing)
         row = table.row(f"step from {source}, {own.batch_size} clips, as picked", work, own.batch_size,
-                        own.batch_size * flops_per_clip(own, source == "frames"))
+                        own.batch_size * flops_per_clip(own, source == "frames"), calls=MICRO_BATCHES)
         if row:
             row["hours_5000"] = 5000 * clips * row["ms_per_clip"] / 3.6e6
             print(f"  {clips} clips a step: 5,000 steps in {row['hours_5000']:.1f} h, 20,000 in {4 * row['hours_5000']:.1f} h on this card")

@@ -323,12 +323,13 @@ def _with_wrong_actions(world, h, clip, shuffled):
 # Speed and memory
 
 def chunk_size(cfg, device):
-    """Action sequences a batch: 128 or what half of the free memory holds."""
+    """Action sequences a batch: 200, or a divisor of it that half of the free memory holds (batches are filled up to one size)."""
     if device.type != "cuda":
         return 64
     e = cfg.energy
     steps = max(e.steps, e.horizon if e.planners else 1)
-    return int(max(1, min(128, 0.5 * speed.free(cfg, device) / (258 * steps * BYTES_PER_TOKEN))))
+    fits = 0.5 * speed.free(cfg, device) / (258 * steps * BYTES_PER_TOKEN)
+    return max(n for n in (200, 100, 50, 25, 10, 5, 2, 1) if n <= max(1, fits))
 
 
 # Files and the command line

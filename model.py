@@ -225,6 +225,11 @@ def layer_norm(x):
     return F.layer_norm(x.float(), x.shape[-1:])
 
 
+def error(z, h):
+    """L1, mean over all elements, between predictions z before their layer norm and latents h [..., D]."""
+    return F.l1_loss(layer_norm(z), h.float())
+
+
 @lru_cache
 def _image_statistics(device):
     """ImageNet's mean and standard deviation, [3, 1, 1, 1] each, copied to the device once."""
@@ -237,6 +242,7 @@ class WorldModel(nn.Module):
     def __init__(self, encoder, predictor):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
+        self.error = error                      # speed.py may put a compiled one here
         self.base_fingerprint = predictor.base_fingerprint
 
     @torch.no_grad()
@@ -276,17 +282,17 @@ class WorldModel(nn.Module):
         if rollout >= T:
             raise ValueError(f"rollout {rollout} needs more than {rollout} frames, the clip has {T}")
         # the first time step of teacher forcing is the rollout's first too: it is remembered, and each further step computed alone
-        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=rollout > 1)         # [B, T-1, N, D]
-        losses = {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": h.new_zeros(())}
+        z, memory = self.predictor.remember(h[:, :-1].flatten(1, 2), actions[:, :-1], states[:, :-1], keep=rollout > 1)
+        z = z.unflatten(1, (T - 1, -1))                                     # [B, T-1, N, D]
+        losses = {"teacher_forcing": self.error(z, h[:, 1:]), "rollout": z.new_zeros((), dtype=torch.float32)}
         if rollout:
-            own = [z[:, :1]]                                                # the model's frames 1..n
+            own = [layer_norm(z[:, :1])]                                    # the model's frames 1..n
             for n in range(1, rollout):
                 z, memory = self.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1 < rollout)
                 own.append(z)
-            losses["rollout"] = F.l1_loss(torch.cat(own, dim=1), h[:, 1:rollout + 1])
+            losses["rollout"] = F.l1_loss(torch.cat(own, dim=1), h[:, 1:rollout + 1].float())
         return losses
 
     def forward(self, actions, states, frames=None, h=None, rollout=2):
         """The objective of one micro-batch: encode the frames, unless their latents h are given, then `losses`."""
-        h = self.encode(frames) if h is None else h.float()
-        return self.losses(h, actions, states, rollout)
+        return self.losses(self.encode(frames) if h is None else h, actions, states, rollout)

@@ -1,7 +1,7 @@
 """What makes it fast on a large GPU and fit on a small one: compiled blocks, CUDA graphs, a memory budget.
 
     if speed.compiles(cfg, device):
-        speed.compile_blocks(predictor.predictor_blocks)    # in place
+        write_sum = speed.compile_training(world)           # in place
     work = speed.Graphed(work, parameters)              # forward and backward as one launch
     cfg, text = speed.fit(cfg)                          # micro-batch and checkpointing for --memory=GIB
 """
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+import lora
 import model
 
 GIB = 2 ** 30
@@ -36,6 +37,14 @@ def compile_blocks(blocks):
         block.compile(dynamic=False)
 
 
+def compile_training(world):
+    """As train.py runs it: blocks and loss of a world model, in place -> lora.write_sum, for `lora.fold`."""
+    for blocks in (world.predictor.predictor_blocks, world.encoder.blocks if world.encoder else ()):
+        compile_blocks(blocks)
+    world.error = torch.compile(model.error, dynamic=False)
+    return torch.compile(lora.write_sum, dynamic=True)
+
+
 def eager():
     """Compiled blocks run uncompiled inside: for what is done too seldom, or in too many shapes, to be worth compiling."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -53,20 +62,27 @@ class Graphed:
     def __call__(self, batch):
         if self.graph is None:
             self._capture(batch)
-        for name, value in batch.items():
-            self.inputs[name].copy_(value, non_blocking=True)
+        with torch.cuda.stream(self.side):              # copied from the host while the micro-batch before it is at work
+            self.side.wait_event(self.taken)
+            for name, value in batch.items():
+                self.staged[name].copy_(value, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self.side)
+        for name, value in self.staged.items():
+            self.inputs[name].copy_(value)
+        self.taken.record()
         self.graph.replay()
         return self.outputs
 
     def _capture(self, batch):
         random = torch.cuda.get_rng_state()
         self.inputs = {name: value.to(self.parameters[0].device) for name, value in batch.items()}
-        side = torch.cuda.Stream()                      # warm-up, as torch.cuda.graph asks for
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.staged = {name: torch.empty_like(value) for name, value in self.inputs.items()}
+        self.side, self.taken = torch.cuda.Stream(), torch.cuda.Event()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):              # warm-up, as torch.cuda.graph asks for
             for _ in range(2):
                 self.work(self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         for parameter in self.parameters:
             parameter.grad.zero_()
         torch.cuda.empty_cache()                        # the graph has a pool of its own

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -29,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -89,9 +87,7 @@ def _train(cfg, device, picked):
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
     fast = speed.compiles(cfg, device)
-    if fast:
-        for blocks in (predictor.predictor_blocks, encoder.blocks if encoder else ()):
-            speed.compile_blocks(blocks)
+    write_sum = speed.compile_training(world) if fast else lora.write_sum
 
     # Optimizer
     optimizer = _optimizer(cfg, trainable, device)
@@ -121,11 +117,8 @@ def _train(cfg, device, picked):
     metrics.say(f"{cfg.batch_size} clips x {cfg.grad_accum} micro-batches x {ranks} ranks = "
                 f"{cfg.batch_size * cfg.grad_accum * ranks} clips a step; {out} from step {start} to {cfg.max_steps}")
 
-    objective = DistributedDataParallel(world, broadcast_buffers=False) if ddp else world
-    write = torch.compile(lora.write_sum, dynamic=True) if fast else lora.write_sum
-    work = partial(forward_backward, objective, partial(lora.fold, predictor, write), scaler, autocast, cfg.rollout, cfg.grad_accum)
-    graphed = fast and not ddp
-    if graphed:
+    work = partial(forward_backward, world, partial(lora.fold, predictor, write_sum), scaler, autocast, cfg.rollout, cfg.grad_accum)
+    if fast:
         work = speed.Graphed(work, trainable)
     if cfg.val_every and not start:
         metrics.log(0, **evaluate(world, val_batches, cfg, autocast, device))
@@ -136,16 +129,15 @@ def _train(cfg, device, picked):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
             totals = {}
-            for micro in range(cfg.grad_accum):
+            for _ in range(cfg.grad_accum):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                if not graphed:                         # which copies it itself
+                if not fast:                            # Graphed copies it itself
                     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-                last = micro == cfg.grad_accum - 1
-                with nullcontext() if last or not ddp else objective.no_sync():     # one all-reduce a step
-                    losses = work(batch)
+                losses = work(batch)
                 totals = {key: totals.get(key, 0) + value / cfg.grad_accum for key, value in losses.items()}
+            _average_gradients(trainable, ranks)
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
             if precision != "fp16" and not grad_norm.isfinite():
@@ -153,7 +145,7 @@ def _train(cfg, device, picked):
                                  f"the newest checkpoint is step {last_save}")
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=not graphed)
+            optimizer.zero_grad(set_to_none=not fast)
 
             done, counted = step + 1, counted + 1
             logging = done % cfg.log_every == 0 or done == cfg.max_steps
@@ -189,11 +181,11 @@ def _train(cfg, device, picked):
     return out / f"step_{last_save}"
 
 
-def forward_backward(objective, fold, scaler, autocast, rollout, grad_accum, batch):
+def forward_backward(world, fold, scaler, autocast, rollout, grad_accum, batch):
     """Adds a micro-batch's share of the gradient -> its losses, detached."""
     fold()
     with autocast:
-        losses = objective(**batch, rollout=rollout)
+        losses = world(**batch, rollout=rollout)
         loss = sum(losses.values()) / grad_accum
     scaler.scale(loss).backward()                                       # scales nothing unless fp16
     return {key: value.detach() for key, value in losses.items()}
@@ -385,6 +377,16 @@ def _sum_over_ranks(value, item=True):
         value = value.clone()
         dist.all_reduce(value)
     return value.item() if item else value
+
+
+def _average_gradients(parameters, ranks):
+    """Over all ranks, in one all-reduce a step: the adapters are small (25 MB)."""
+    if ranks == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, mean in zip(parameters, (flat / ranks).split([p.numel() for p in parameters])):
+        p.grad.copy_(mean.view_as(p))
 
 
 def _commit():

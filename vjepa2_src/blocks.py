@@ -45,8 +45,29 @@ def rope_table(head_dim, frames, rows, cols, grid, n_cond, device, first=0):
 def rotate(x, table):
     """x [B, H, L, head_dim] turned by `rope_table`, in float32; returns x's dtype."""
     cosine, sine = table
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cosine + swapped * sine).to(x.dtype)
+    return (x * cosine + _swap(x) * sine).to(x.dtype)
+
+
+def _swap(x):
+    """The two channels of each pair in each other's place."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+class Heads(torch.autograd.Function):
+    """qkv [B, L, 3, H, head_dim] -> q and k turned by the table, and v: [B, H, L, head_dim] each. The gradient is written in qkv's
+    own order; autograd's would be put together from three padded parts and copied."""
+
+    @staticmethod
+    def forward(ctx, qkv, cosine, sine):
+        ctx.save_for_backward(cosine, sine)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return rotate(q, (cosine, sine)), rotate(k, (cosine, sine)), v
+
+    @staticmethod
+    def backward(ctx, d_q, d_k, d_v):
+        cosine, sine = ctx.saved_tensors
+        parts = [(d * cosine + _swap(d * sine)).to(d.dtype) for d in (d_q, d_k)]
+        return torch.stack([d.transpose(1, 2) for d in (*parts, d_v)], dim=2), None, None
 
 
 @lru_cache(maxsize=64)
@@ -72,8 +93,7 @@ class Attention(nn.Module):
         from causal_mask or, where attention.py runs, with sizes = (steps, patches). memory: the keys and values, past ones
         first, of the tokens in the spans `keep` = ((begin, end), …), as a later call's past; None without spans."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, L, head_dim] each
-        q, k = rotate(q, table), rotate(k, table)
+        q, k, v = Heads.apply(qkv, *table)                              # [B, H, L, head_dim] each
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if sizes is not None:
