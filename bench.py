@@ -148,8 +148,8 @@ class Training:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.graphed = compiled and speed.compiles(cfg, device)
-        write_sum = speed.compile_training(world) if self.graphed else lora.write_sum
-        fold = (lambda: None) if plain else partial(lora.fold, predictor, write_sum)
+        write_folded = speed.compile_world(world) if self.graphed else lora.write_folded
+        fold = (lambda: None) if plain else partial(lora.fold, predictor, write_folded)
         self.work = partial(train.forward_backward, world, fold, scaler, autocast, cfg.rollout, 1)
         if self.graphed:
             self.work = speed.Graphed(self.work, self.trainable)
@@ -171,7 +171,7 @@ def plain_losses(world, h, actions, states, rollout):
     own = z[:, :1]
     for n in range(2, rollout + 1):
         own = torch.cat([own, world.predict(torch.cat([h[:, :1], own], dim=1), actions[:, :n], states[:, :n])[:, -1:]], dim=1)
-    return {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": F.l1_loss(own, h[:, 1:rollout + 1])}
+    return {"teacher_forcing": F.l1_loss(z, h[:, 1:].float()), "rollout": F.l1_loss(own, h[:, 1:rollout + 1].float())}
 
 
 def _peft(predictor, cfg):
@@ -276,7 +276,7 @@ def networks(table, cfg):
     table.row(f"{K} candidate actions, one step, eager", landscape, flops=flops)
     eagerly = landscape().cpu()
     if speed.compiles(cfg, device):
-        speed.compile_blocks(world.predictor.predictor_blocks)
+        speed.compile_world(world)
     table.row(f"{K} candidate actions, one step", landscape, flops=flops)
     print(f"  compiled and eager energies differ by {(landscape().cpu() - eagerly).abs().max():.1e}; they range over "
           f"{eagerly.max() - eagerly.min():.1e}")

@@ -54,22 +54,21 @@ def rollout(world, h_context, states, h_goal, actions, chunk=64):
     past = torch.from_numpy(pose_deltas(states.numpy())).float() if T > 1 else torch.zeros(0, 7)
     energies = []
     K, H, _ = actions.shape
-    actions = actions.to(device)
+    actions, states, past = actions.to(device), states.to(device), past.to(device)      # here: each copy waits for the GPU
     if K > chunk:                       # all batches of one size: compiled once, and a place in the list changes nothing
         actions = torch.cat([actions, actions[-1:].expand(-K % chunk, -1, -1)])
     for own in actions.split(chunk):                                                # [k, H, 7]
         k = len(own)
         h = h_context.expand(k, -1, -1, -1)                                         # [k, T, N, D]
-        s = states.to(device).expand(k, -1, -1)                                     # [k, T, 7]
-        a = torch.cat([past.to(device).expand(k, -1, -1), own[:, :1]], dim=1)       # [k, T, 7]
+        s = states.expand(k, -1, -1)                                                # [k, T, 7]
+        a = torch.cat([past.expand(k, -1, -1), own[:, :1]], dim=1)                  # [k, T, 7]
         z, memory = world.remember(h, a, s, keep=T if H > 1 else 0)
-        z = z[:, -1:]                                                               # [k, 1, N, D]
         for step in range(1, H):
             s = torch.from_numpy(apply_action(s[:, -1].detach().cpu().numpy(), own[:, step - 1].detach().cpu().numpy())).float().to(device)
             moved = own[:, :step, :3].sum(dim=1)
             s = (s + F.pad(moved - moved.detach(), (0, 4)))[:, None]                # [k, 1, 7]; its gradient: xyz adds up
-            z, memory = world.remember(z, own[:, step:step + 1], s, memory, keep=step + 1 < H)
-        energies.append((z[:, 0] - h_goal).abs().mean(dim=(1, 2)))
+            z, memory = world.remember(model.layer_norm(z[:, -1:]), own[:, step:step + 1], s, memory, keep=step + 1 < H)
+        energies.append(world.error(z[:, -1], h_goal))
     return torch.cat(energies)[:K]
 
 
@@ -186,7 +185,7 @@ def analyse(cfg, adapters, path):
         "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
     chunk = chunk_size(cfg, device)
     if speed.compiles(cfg, device):
-        speed.compile_blocks(predictor.predictor_blocks)
+        speed.compile_world(world)
     per_pair = _evaluations(cfg, arrays)
     hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +315,7 @@ def _with_wrong_actions(world, h, clip, shuffled):
     own, memory = [h[None, :1]], None
     for n in range(len(h) - 1):
         z, memory = world.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=1)
-        own.append(z)
+        own.append(model.layer_norm(z))
     return out | {"horizon_l1": (torch.cat(own[1:], dim=1)[0] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
 
 

@@ -226,8 +226,8 @@ def layer_norm(x):
 
 
 def error(z, h):
-    """L1, mean over all elements, between predictions z before their layer norm and latents h [..., D]."""
-    return F.l1_loss(layer_norm(z), h.float())
+    """L1 between predictions z [B, …, D], before their layer norm, and latents h of that shape or [N, D]: means [B], float32."""
+    return (layer_norm(z) - h.float()).abs().flatten(1).mean(dim=1)
 
 
 @lru_cache
@@ -264,12 +264,13 @@ class WorldModel(nn.Module):
 
     def predict(self, h, actions, states):
         """h [B, T, N, D], actions [B, T, 7], states [B, T, 7] -> latents of the frames 1..T: [B, T, N, D]."""
-        return self.remember(h, actions, states)[0]
+        return layer_norm(self.remember(h, actions, states)[0])
 
     def remember(self, h, actions, states, memory=None, keep=0):
-        """`predict` in parts, with a memory of the time steps seen: as `Predictor.remember`, h and the result [B, T, N, D]."""
+        """`predict` in parts, with a memory of the time steps seen: as `Predictor.remember`, h and the result [B, T, N, D]. The
+        result is not layer-normed yet: `error` does it, `layer_norm` where it becomes an input."""
         z, memory = self.predictor.remember(h.flatten(1, 2), actions, states, memory, keep)
-        return layer_norm(z.unflatten(1, h.shape[1:3])), memory
+        return z.unflatten(1, h.shape[1:3]), memory
 
     def losses(self, h, actions, states, rollout=2):
         """L1 losses, float32 scalars, means over all elements.
@@ -282,15 +283,14 @@ class WorldModel(nn.Module):
         if rollout >= T:
             raise ValueError(f"rollout {rollout} needs more than {rollout} frames, the clip has {T}")
         # the first time step of teacher forcing is the rollout's first too: it is remembered, and each further step computed alone
-        z, memory = self.predictor.remember(h[:, :-1].flatten(1, 2), actions[:, :-1], states[:, :-1], keep=rollout > 1)
-        z = z.unflatten(1, (T - 1, -1))                                     # [B, T-1, N, D]
-        losses = {"teacher_forcing": self.error(z, h[:, 1:]), "rollout": z.new_zeros((), dtype=torch.float32)}
+        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=rollout > 1)         # [B, T-1, N, D]
+        losses = {"teacher_forcing": self.error(z, h[:, 1:]).mean(), "rollout": z.new_zeros((), dtype=torch.float32)}
         if rollout:
-            own = [layer_norm(z[:, :1])]                                    # the model's frames 1..n
+            own = [z[:, :1]]                                                # the model's frames 1..n
             for n in range(1, rollout):
-                z, memory = self.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1 < rollout)
+                z, memory = self.remember(layer_norm(own[-1]), actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1 < rollout)
                 own.append(z)
-            losses["rollout"] = F.l1_loss(torch.cat(own, dim=1), h[:, 1:rollout + 1].float())
+            losses["rollout"] = error(torch.cat(own, dim=1), h[:, 1:rollout + 1]).mean()
         return losses
 
     def forward(self, actions, states, frames=None, h=None, rollout=2):

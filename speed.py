@@ -1,7 +1,7 @@
 """What makes it fast on a large GPU and fit on a small one: compiled blocks, CUDA graphs, a memory budget.
 
     if speed.compiles(cfg, device):
-        write_sum = speed.compile_training(world)           # in place
+        write_folded = speed.compile_world(world)       # in place
     work = speed.Graphed(work, parameters)              # forward and backward as one launch
     cfg, text = speed.fit(cfg)                          # micro-batch and checkpointing for --memory=GIB
 """
@@ -37,12 +37,12 @@ def compile_blocks(blocks):
         block.compile(dynamic=False)
 
 
-def compile_training(world):
-    """As train.py runs it: blocks and loss of a world model, in place -> lora.write_sum, for `lora.fold`."""
+def compile_world(world):
+    """Compiles the blocks and the error of a world model, in place -> `lora.write_folded` compiled, for `lora.fold`."""
     for blocks in (world.predictor.predictor_blocks, world.encoder.blocks if world.encoder else ()):
         compile_blocks(blocks)
     world.error = torch.compile(model.error, dynamic=False)
-    return torch.compile(lora.write_sum, dynamic=True)
+    return torch.compile(lora.write_folded, dynamic=True)
 
 
 def eager():

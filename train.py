@@ -87,7 +87,7 @@ def _train(cfg, device, picked):
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
     fast = speed.compiles(cfg, device)
-    write_sum = speed.compile_training(world) if fast else lora.write_sum
+    write_folded = speed.compile_world(world) if fast else lora.write_folded
 
     # Optimizer
     optimizer = _optimizer(cfg, trainable, device)
@@ -117,7 +117,7 @@ def _train(cfg, device, picked):
     metrics.say(f"{cfg.batch_size} clips x {cfg.grad_accum} micro-batches x {ranks} ranks = "
                 f"{cfg.batch_size * cfg.grad_accum * ranks} clips a step; {out} from step {start} to {cfg.max_steps}")
 
-    work = partial(forward_backward, world, partial(lora.fold, predictor, write_sum), scaler, autocast, cfg.rollout, cfg.grad_accum)
+    work = partial(forward_backward, world, partial(lora.fold, predictor, write_folded), scaler, autocast, cfg.rollout, cfg.grad_accum)
     if fast:
         work = speed.Graphed(work, trainable)
     if cfg.val_every and not start:
