@@ -67,7 +67,8 @@ def rollout(world, h_context, states, h_goal, actions, chunk=64):
             s = torch.from_numpy(apply_action(s[:, -1].detach().cpu().numpy(), own[:, step - 1].detach().cpu().numpy())).float().to(device)
             moved = own[:, :step, :3].sum(dim=1)
             s = (s + F.pad(moved - moved.detach(), (0, 4)))[:, None]                # [k, 1, 7]; its gradient: xyz adds up
-            z, memory = world.remember(model.layer_norm(z[:, -1:]), own[:, step:step + 1], s, memory, keep=step + 1 < H)
+            z, memory = world.remember(model.layer_norm(z[:, -1:]), own[:, step:step + 1], s, memory,
+                                       keep=T + step if step + 1 < H else 0)
         energies.append(world.error(z[:, -1], h_goal))
     return torch.cat(energies)[:K]
 
@@ -314,7 +315,7 @@ def _with_wrong_actions(world, h, clip, shuffled):
            for name, a in (("loss", actions), ("loss_shuffled", shuffled), ("loss_zero", torch.zeros_like(actions)))}
     own, memory = [h[None, :1]], None
     for n in range(len(h) - 1):
-        z, memory = world.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=1)
+        z, memory = world.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1)
         own.append(model.layer_norm(z))
     return out | {"horizon_l1": (torch.cat(own[1:], dim=1)[0] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
 

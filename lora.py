@@ -8,9 +8,9 @@ A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen,
 so that training starts at the base model. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
 Adapters are float32 whatever the base is. The folder is PEFT's, so `PeftModel.from_pretrained` reads it.
 
-Training and landscapes `fold` the update into a copy of the weights first: y = x (W + s B A)ᵀ + b is one matrix product. The copy is
-bordered by A and s B, so that x Aᵀ and the same for the gradient of A come out of the products that are computed anyway.
-Dropout drops the same inputs for all tokens of a micro-batch, on A's columns; PEFT draws anew for each token.
+Training and landscapes `fold` the update into a copy of the weights first: y = x (W + s B A)ᵀ + b is one matrix product, and the
+gradients of A and B come through the rank alone, so that no pass over the activations is spent on the update. Dropout drops the
+same inputs for all tokens of a micro-batch, on A's columns; PEFT draws anew for each token.
 """
 import json
 from pathlib import Path
@@ -38,41 +38,40 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: 0 or 1 / (1 - dropout)
-        self.folded = self.folded_bias = None                                   # W + s B A with its border: `fold`
+        self.folded = None                                                      # W + s B A: `fold`
         self.train(base.training)
 
     def forward(self, x):
         A = self.lora_A * self.keep if self.training and self.dropout else self.lora_A      # drops inputs without touching x
-        if self.folded is None:
-            low = F.linear(x, A.to(x.dtype))                                    # [..., rank]
-            return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
-        x, folded, bias = x.to(dtype), self.folded.to(dtype), self.folded_bias.to(dtype)
-        if torch.is_grad_enabled() and A.requires_grad:
-            return _Folded.apply(x, folded, bias, A, self.lora_B, self.scale)
-        return F.linear(x, folded[:self.out_features, :self.in_features], bias[:self.out_features])
+        if self.folded is not None:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
+            x, weight, A, B = (tensor.to(dtype) for tensor in (x, self.folded, A, self.lora_B))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            if torch.is_grad_enabled() and A.requires_grad:
+                return _Folded.apply(x, weight, bias, A, B, self.scale)
+            return F.linear(x, weight, bias)
+        low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
 
 
 class _Folded(torch.autograd.Function):
-    """x [..., in] -> x (W + scale · B A)ᵀ + bias, from the matrix that `write_folded` writes, and bias with zeros below."""
+    """x [..., in] -> x weightᵀ + bias with weight = W + scale · B A: one matrix product forward, one for x's gradient."""
 
     @staticmethod
-    def forward(ctx, x, folded, bias, A, B, scale):
-        (n_out, rank), n_in = B.shape, A.shape[1]
-        y = F.linear(x, folded[:, :n_in], bias)                                 # [..., out + border]
-        low = y[..., n_out:n_out + rank].contiguous()                           # x Aᵀ
-        ctx.save_for_backward(x, folded, low)
-        ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
-        return y[..., :n_out]
+    def forward(ctx, x, weight, bias, A, B, scale):
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scale = scale
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, d_y):
-        x, folded, low = ctx.saved_tensors
-        n_out, n_in, rank = d_y.shape[-1], x.shape[-1], low.shape[-1]
-        d = d_y @ folded[:n_out]                                                # [..., in + border]
-        x, low, d_y, d_low = (z.flatten(0, -2) for z in (x, low, d_y, d[..., n_in:n_in + rank]))        # [tokens, …]
-        return d[..., :n_in], None, None, (d_low.T @ x).to(ctx.dtypes[0]), ctx.scale * (d_y.T @ low).to(ctx.dtypes[1]), None
+        x, weight, A, B = ctx.saved_tensors
+        d_x = d_y @ weight
+        x, d_y = x.flatten(0, -2), d_y.flatten(0, -2)                           # [tokens, in], [tokens, out]
+        d_A = (d_y @ (ctx.scale * B)).T @ x                                     # [rank, in]
+        d_B = ctx.scale * (d_y.T @ (x @ A.T))                                   # [out, rank]
+        return d_x, None, None, d_A, d_B, None
 
 
 def _adapted(module):
@@ -122,20 +121,15 @@ def fold(module, write=None):
             layer.keep.bernoulli_(1 - layer.dropout).div_(1 - layer.dropout)
             A = A * layer.keep
         if layer.folded is None:
-            border = -(-len(A) // 8) * 8                                        # rows of 16 bytes: matrix products want them
-            layer.folded = layer.weight.new_zeros(layer.out_features + border, layer.in_features + border)
-            layer.folded_bias = layer.weight.new_zeros(layer.out_features + border)
-            if layer.bias is not None:
-                layer.folded_bias[:layer.out_features] = layer.bias
+            layer.folded = torch.empty_like(layer.weight)
         (write or write_folded)(layer.folded, layer.weight, A, layer.lora_B, layer.scale)
 
 
 def write_folded(folded, weight, A, B, scale):
-    """folded [out + border, in + border] = [[weight + scale · B A, scale · B], [A, 0]], computed in float32, in the weight's dtype.
+    """folded [out, in] = weight + scale · B A, computed in float32 and rounded to their dtype.
 
-    To bfloat16 the sum is rounded up or down by a threshold that is fixed for each element and spread evenly over them: to the
-    nearest, all of an update of less than half a step would be lost. An update of zero changes no bit."""
-    (n_out, rank), n_in = B.shape, A.shape[1]
+    To bfloat16 it rounds up or down by a threshold that is fixed for each element and spread evenly over them: to the nearest,
+    all of an update of less than half a step would be lost. An update of zero changes no bit."""
     total = weight.float() + scale * (B @ A)
     if weight.dtype == torch.bfloat16:
         x = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).view(weight.shape)
@@ -143,9 +137,7 @@ def write_folded(folded, weight, A, B, scale):
         x = (x ^ (x >> 16)) * 0x45D9F3B
         threshold = (x ^ (x >> 16)) & 0xFFFF            # of the 16 bits that bfloat16 lacks
         total = ((total.view(torch.int32) + threshold) & -0x10000).view(torch.float32)
-    folded[:n_out, :n_in] = total
-    folded[:n_out, n_in:n_in + rank] = scale * B
-    folded[n_out:n_out + rank, :n_in] = A
+    folded.copy_(total)
 
 
 def save(folder, module, base=""):

@@ -283,12 +283,13 @@ class WorldModel(nn.Module):
         if rollout >= T:
             raise ValueError(f"rollout {rollout} needs more than {rollout} frames, the clip has {T}")
         # the first time step of teacher forcing is the rollout's first too: it is remembered, and each further step computed alone
-        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=rollout > 1)         # [B, T-1, N, D]
+        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=int(rollout > 1))         # [B, T-1, N, D]
         losses = {"teacher_forcing": self.error(z, h[:, 1:]).mean(), "rollout": z.new_zeros((), dtype=torch.float32)}
         if rollout:
             own = [z[:, :1]]                                                # the model's frames 1..n
             for n in range(1, rollout):
-                z, memory = self.remember(layer_norm(own[-1]), actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1 < rollout)
+                z, memory = self.remember(layer_norm(own[-1]), actions[:, n:n + 1], states[:, n:n + 1], memory,
+                                            keep=n + 1 if n + 1 < rollout else 0)
                 own.append(z)
             losses["rollout"] = error(torch.cat(own, dim=1), h[:, 1:rollout + 1]).mean()
         return losses

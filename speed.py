@@ -42,7 +42,7 @@ def compile_world(world):
     for blocks in (world.predictor.predictor_blocks, world.encoder.blocks if world.encoder else ()):
         compile_blocks(blocks)
     world.error = torch.compile(model.error, dynamic=False)
-    return torch.compile(lora.write_folded, dynamic=True)
+    return torch.compile(lora.write_folded, dynamic=False)
 
 
 def eager():

@@ -334,14 +334,17 @@ KERNELS = """
 import sys, torch, torch.nn.functional as F
 from vjepa2_src.attention import step_causal_attention
 from vjepa2_src.blocks import causal_mask
-for B, H, T, N, d in ((2, 2, 3, 32, 16), (1, 1, 1, 16, 32), (1, 2, 17, 16, 16), (1, 1, 2, 128, 64)):
+for B, H, T, N, d, seen in ((2, 2, 3, 32, 16, 0), (1, 1, 1, 16, 32, 0), (1, 2, 17, 16, 16, 0), (1, 1, 2, 128, 64, 0),
+                            (2, 1, 4, 16, 16, 3), (1, 2, 19, 16, 16, 2), (1, 1, 18, 16, 16, 17)):
     torch.manual_seed(0)
     L = T * (N + 2)
+    rows = torch.cat([torch.arange(seen * N, T * N), torch.arange(T * N + seen * 2, L)])    # queries of the steps after `seen`
     mask, found = causal_mask(T, N, 2, torch.device("cpu")), []
-    qkv, d_out = torch.randn(B, L, 3, H, d), torch.randn(B, L, H, d).transpose(1, 2)
-    for attend in (lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), lambda *x: step_causal_attention(*x, T, N)[0]):
+    qkv, d_out = torch.randn(B, L, 3, H, d), torch.randn(B, len(rows), H, d).transpose(1, 2)
+    for attend in (lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask[rows]), lambda *x: step_causal_attention(*x, T, N)[0]):
         leaf = qkv.clone().requires_grad_()
-        out = attend(*(x * 1 for x in leaf.permute(2, 0, 3, 1, 4)))                 # [B, H, L, d] each
+        q, k, v = (x * 1 for x in leaf.permute(2, 0, 3, 1, 4))                      # [B, H, L, d] each
+        out = attend(q[:, :, rows], k, v)
         out.backward(d_out)
         found.append((out.detach(), leaf.grad))
     print(max((a - b).abs().max().item() for a, b in zip(*found)))
@@ -355,4 +358,4 @@ def test_the_kernels_of_attention_equal_the_dense_mask():
                             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     errors = [float(line) for line in result.stdout.split()]
-    assert len(errors) == 4 and max(errors) < 1e-5
+    assert len(errors) == 7 and max(errors) < 1e-5

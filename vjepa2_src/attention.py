@@ -24,12 +24,13 @@ def step_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ste
                           patches: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which a token sees its own time step and all earlier ones.
 
-    q, k, v [B, H, L, d], channels contiguous; L = steps × (patches + conditions): the patches of all steps, then their condition
-    tokens. Returns the output [B, H, L, d], a view of [B, L, H, d], and the log2-sum-exp2 [B, H, L] in float32."""
+    q, k, v [B, H, L, d], channels contiguous. L = steps × (patches + conditions) for k and v: the patches of all steps, then their
+    condition tokens. q may have the last steps only. Returns the output [B, H, L, d], a view of [B, L, H, d], and the
+    log2-sum-exp2 [B, H, L] in float32."""
     from vjepa2_src import kernels
     out, lse = _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    grid, sizes = _launch(q, steps, patches)
-    kernels.forward[grid](q, k, v, out, lse, *_strides(q, k, v, out), q.shape[1], steps, _scale(q) * math.log2(math.e), **sizes)
+    grid, times, sizes = _launch(q, k, steps, patches)
+    kernels.forward[grid(q)](q, k, v, out, lse, *_strides(q, k, v, out), *times, _scale(q) * math.log2(math.e), **sizes)
     return out, lse
 
 
@@ -39,18 +40,17 @@ def _backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     from vjepa2_src import kernels
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    dq, dk, dv = _empty(q), _empty(q), _empty(q)
-    delta = torch.empty_like(lse)
-    grid, sizes = _launch(q, steps, patches)
+    dq, dk, dv, delta = _empty(q), _empty(k), _empty(k), torch.empty_like(lse)
+    grid, times, sizes = _launch(q, k, steps, patches)
     scales = _scale(q) * math.log2(math.e), _scale(q)
-    kernels.backward_queries[grid](q, k, v, out, d_out, dq, lse, delta, *_strides(q, k, v, out, d_out, dq), q.shape[1], steps, *scales, **sizes)
-    kernels.backward_keys[grid](q, k, v, d_out, dk, dv, lse, delta, *_strides(q, k, v, d_out, dk, dv), q.shape[1], steps, *scales, **sizes)
+    kernels.backward_queries[grid(q)](q, k, v, out, d_out, dq, lse, delta, *_strides(q, k, v, out, d_out, dq), *times, *scales, **sizes)
+    kernels.backward_keys[grid(k)](q, k, v, d_out, dk, dv, lse, delta, *_strides(q, k, v, d_out, dk, dv), *times, *scales, **sizes)
     return dq, dk, dv
 
 
-def _empty(q):
-    B, H, L, d = q.shape
-    return q.new_empty(B, L, H, d).transpose(1, 2)
+def _empty(x):
+    B, H, L, d = x.shape
+    return x.new_empty(B, L, H, d).transpose(1, 2)
 
 
 def _scale(q):
@@ -61,12 +61,16 @@ def _strides(*tensors):
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _launch(q, steps, patches):
-    """The grid and the sizes that a kernel is compiled for."""
-    conditions = q.shape[2] // steps - patches
-    block, block_c = min(BLOCK, patches), BLOCK_CONDITIONS
-    grid = steps * patches // block + -(-conditions * steps // block_c), q.shape[0] * q.shape[1]
-    return grid, dict(N=patches, C=conditions, D=q.shape[3], BLOCK=block, BLOCK_C=block_c, num_warps=4, num_stages=3)
+def _launch(q, k, steps, patches):
+    """grid(rows of a tensor), (H, T, S), and the sizes that a kernel is compiled for."""
+    tokens = k.shape[2] // steps
+    conditions, block = tokens - patches, min(BLOCK, patches)
+
+    def grid(x):
+        own = x.shape[2] // tokens
+        return own * patches // block + -(-own * conditions // BLOCK_CONDITIONS), x.shape[0] * x.shape[1]
+    return (grid, (q.shape[1], steps, steps - q.shape[2] // tokens),
+            dict(N=patches, C=conditions, D=q.shape[3], BLOCK=block, BLOCK_C=BLOCK_CONDITIONS, num_warps=4, num_stages=3))
 
 
 @step_causal_attention.register_fake
@@ -76,7 +80,7 @@ def _(q, k, v, steps, patches):
 
 @_backward.register_fake
 def _(d_out, q, k, v, out, lse, steps, patches):
-    return _empty(q), _empty(q), _empty(q)
+    return _empty(q), _empty(k), _empty(k)
 
 
 def _remember(ctx, inputs, output):

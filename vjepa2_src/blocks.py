@@ -66,7 +66,7 @@ class Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_q, d_k, d_v):
         cosine, sine = ctx.saved_tensors
-        parts = [(d * cosine + _swap(d * sine)).to(d.dtype) for d in (d_q, d_k)]
+        parts = [(d * cosine + _swap(d) * _swap(sine)).to(d.dtype) for d in (d_q, d_k)]
         return torch.stack([d.transpose(1, 2) for d in (*parts, d_v)], dim=2), None, None
 
 
@@ -86,21 +86,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, table, mask=None, sizes=None, past=None, keep=()):
-        """x [B, L, D] -> [B, L, D], memory; table from rope_table.
+    def forward(self, x, table, frames=None, fast=False, mask=None, past=None, keep=0):
+        """x [B, L, D] -> [B, L, D], memory; table from rope_table. Without more, all tokens see each other.
 
-        All tokens see each other, and those of `past` = (k, v) [B, H, L', head_dim] if given; causal by time step with a mask
-        from causal_mask or, where attention.py runs, with sizes = (steps, patches). memory: the keys and values, past ones
-        first, of the tokens in the spans `keep` = ((begin, end), …), as a later call's past; None without spans."""
+        frames = (T, N): x holds T time steps of N patches, behind them L - T * N condition tokens. past: the memory of
+        time steps before them. Attention is causal by time step in attention.py's kernels if fast, else with a mask from
+        causal_mask (a single step needs none). memory: (k, v) [B, H, L', head_dim] of the first `keep` time steps, or None."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
         q, k, v = Heads.apply(qkv, *table)                              # [B, H, L, head_dim] each
+        T, N = frames or (1, x.shape[1])
+        C = x.shape[1] // T - N
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        if sizes is not None:
-            x, _ = step_causal_attention(q, k, v, *sizes)
+            seen = past[0].shape[2] // (N + C)
+            k, v = (torch.cat([old[:, :, :seen * N], new[:, :, :T * N], old[:, :, seen * N:], new[:, :, T * N:]], dim=2)
+                    for old, new in zip(past, (k, v)))
+            T += seen
+        if fast:
+            x, _ = step_causal_attention(q, k, v, T, N)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        memory = tuple(torch.cat([z[:, :, i:j] for i, j in keep], dim=2) for z in (k, v)) if keep else None
+        memory = None
+        if keep:
+            memory = tuple(torch.cat([z[:, :, :keep * N], z[:, :, T * N:T * N + keep * C]], dim=2) for z in (k, v))
         return self.proj(x.transpose(1, 2).flatten(2)), memory          # [B, L, D]
 
 
@@ -124,9 +131,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, table, mask=None, sizes=None, past=None, keep=()):
+    def forward(self, x, table, *arguments):
         """As `Attention.forward`."""
-        change, memory = self.attn(self.norm1(x), table, mask, sizes, past, keep)
+        change, memory = self.attn(self.norm1(x), table, *arguments)
         x = x + change
         return x + self.mlp(self.norm2(x)), memory
 

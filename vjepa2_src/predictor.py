@@ -44,7 +44,7 @@ class Predictor(nn.Module):
         """As `forward`, in parts: -> predictions, the memory of time steps seen so far.
 
         memory: what an earlier call returned; z, actions and states are then one time step that follows (T = 1), and no
-        step is computed twice. keep: time steps to remember, from the first; 0 for none."""
+        step is computed twice. keep: time steps to remember, from the very first; 0 for none."""
         T, N = actions.shape[1], self.grid ** 2
         if z.shape[1] != T * N or states.shape != actions.shape:
             raise ValueError(f"latents {list(z.shape)}, actions {list(actions.shape)}, states "
@@ -53,12 +53,11 @@ class Predictor(nn.Module):
         x = self.enter(z, actions, states)
         seen = memory[0][0].shape[2] // (N + N_COND) if memory else 0
         table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device, seen)
-        fast = memory is None and has_fast_attention(x, N, self.head_dim)
+        fast = has_fast_attention(x, N, self.head_dim)
         mask = causal_mask(T, N, N_COND, z.device) if T > 1 and not fast else None
-        spans = ((0, keep * N), (T * N, T * N + keep * N_COND)) if keep and not memory else ((0, (seen + T) * (N + N_COND)),) if keep else ()
         remembered = []
         for block, past in zip(self.predictor_blocks, memory or [None] * len(self.predictor_blocks)):
-            arguments = x, table, mask, (T, N) if fast else None, past, spans
+            arguments = x, table, (T, N), fast, mask, past, keep
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # the reentrant kind would leave adapters without gradients, silently
                 # nothing in a block is random: LoRA's dropout is drawn before
