@@ -204,7 +204,7 @@ def training(table, cfg):
         source = "frames" if options["from_frames"] else "latents"
         work = Training(cfg, device, clips, **options)
         table.row(f"step from {source}, {clips} clips{', ' if name else ''}{name}", work, clips,
-                  clips * (frames if options["from_frames"] else stored), calls=MICRO_BATCHES)
+                  clips * (frames if options["from_frames"] else stored), calls=1 if "plain" in name else MICRO_BATCHES)
         trainable = work.trainable
         del work
     for name in ("adamw8bit", "adamw"):

@@ -117,7 +117,8 @@ def estimate(cfg, clips, checkpointing, compiled=True):
     tokens = clips * (N + 2) * (T - 1 + sum(range(2, cfg.rollout + 1)))         # teacher forcing, then each step of the rollout
     width, D, bytes_each = size["predictor_dim"], size["encoder_dim"], 4 if cfg.precision == "fp32" else 2
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in model._empty(cfg.model.size))
-    weights = bytes_each * (predictor + (0 if cfg.data.latents else encoder))
+    folded = 12 * size["predictor_depth"] * width ** 2                          # a second copy of the adapted matrices
+    weights = bytes_each * (predictor + folded + (0 if cfg.data.latents else encoder))
     adapters = 16 * size["predictor_depth"] * cfg.lora.rank * 18 * width       # four linear layers: 9 widths in, 9 out
     one = tokens * width * bytes_each * (BLOCK if compiled else BLOCK_EAGER)     # what a block keeps for its backward pass
     kept = tokens * width * bytes_each * size["predictor_depth"] + one if checkpointing else one * size["predictor_depth"]
