@@ -87,7 +87,7 @@ class Graphed:
             parameter.grad.zero_()
         torch.cuda.empty_cache()                        # the graph has a pool of its own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # other threads, NCCL's too, may use the GPU
             self.outputs = self.work(self.inputs)
         torch.cuda.set_rng_state(random)                # a resumed run draws the same numbers as an uninterrupted one
 

@@ -14,7 +14,7 @@ from parity import FIGURES, LOSSES, SHARED, inputs, tiny
 from safetensors.torch import save_file
 
 import model
-from vjepa2_src.blocks import rope_table, rotate
+from vjepa2_src.blocks import Heads, rope_table, rotate
 
 
 def per_frame(encoder, clip):
@@ -113,6 +113,19 @@ def test_rope_keeps_the_tiled_frequencies_that_the_weights_need():
     assert turned[:2].tolist() == pytest.approx([np.cos(2), np.sin(2 * 0.1)], abs=1e-6)
     later = rope_table(26, 1, 2, 2, 2, 2, torch.device("cpu"), first=2)
     assert all(torch.equal(one, torch.cat([every[8:12], every[16:18]])) for one, every in zip(later, (cosine, sine)))
+
+
+def test_the_gradient_of_turned_heads_is_that_of_the_rotation():
+    random = torch.Generator().manual_seed(0)
+    table, qkv = rope_table(26, 3, 2, 2, 2, 2, torch.device("cpu")), torch.randn(2, 18, 3, 2, 26, generator=random)
+    d = torch.randn(3, 2, 2, 18, 26, generator=random)
+    found = []
+    for split in (lambda x: Heads.apply(x, *table), lambda x: [f(y) for f, y in zip((lambda y: rotate(y, table),) * 2 + (torch.clone,), x.permute(2, 0, 3, 1, 4))]):
+        leaf = qkv.clone().requires_grad_()
+        parts = split(leaf)
+        sum((part * own).sum() for part, own in zip(parts, d)).backward()
+        found.append([*(part.detach() for part in parts), leaf.grad])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
