@@ -86,18 +86,22 @@ def test_both_planners_run_on_the_pair(franka):
     assert gradient_plan(energy_of, starts=2, iterations=4).energy < still
 
 
-def test_the_gradient_through_several_steps_is_that_of_finite_differences(franka):
-    world, h, states = franka
-    action = torch.tensor([[[0.02, -0.03, 0.01, 0, 0, 0, 0], [-0.01, 0.02, 0.03, 0, 0, 0, 0]]])
-    energy_of = lambda a: energy.rollout(world, h[:1], states[:1], h[1], a)     # noqa: E731
-    action.requires_grad_(True)
-    slope, = torch.autograd.grad(energy_of(action).sum(), action)
+def test_the_gradient_through_several_steps_is_that_of_finite_differences():
+    """Of the first of three moves, which changes the latents and the poses of all steps; with poses that count."""
+    encoder, predictor = tiny()
+    predictor.state_encoder.weight.data *= 10
+    world = model.WorldModel(encoder, predictor)
+    h, states = model.layer_norm(torch.randn(2, 16, 52, generator=torch.Generator().manual_seed(0))), np.array([[0.3, 0, 0, 0, 0, 0, 0]])
+    actions = torch.tensor([[[0.02, -0.03, 0.01, 0, 0, 0, 0], [-0.01, 0.02, 0.03, 0, 0, 0, 0], [0.01, 0.01, -0.02, 0, 0, 0, 0]]])
+    energy_of = lambda a: energy.rollout(world, h[:1], states, h[1], a)         # noqa: E731
+    actions.requires_grad_(True)
+    slope, = torch.autograd.grad(energy_of(actions).sum(), actions)
     with torch.no_grad():
-        for axis in range(3):
-            step = torch.zeros_like(action)
-            step[0, 0, axis] = 2e-2
-            measured = (energy_of(action + step) - energy_of(action - step)).item() / 4e-2
-            assert slope[0, 0, axis].item() == pytest.approx(measured, rel=0, abs=2e-5)
+        for axis in range(2):
+            step = torch.zeros_like(actions)
+            step[0, 0, axis] = 5e-3
+            measured = (energy_of(actions + step) - energy_of(actions - step)).item() / 1e-2
+            assert slope[0, 0, axis].item() == pytest.approx(measured, abs=1e-3)    # 2e-3 and more without the poses' part
 
 
 # The analysis, on .npz trajectories with small weights

@@ -123,6 +123,17 @@ def test_folded_layers_give_the_output_and_the_gradients_of_the_formula(predicto
         assert one.dtype == other.dtype and (one - other).norm() < close * other.norm()
 
 
+def test_what_was_folded_is_forgotten_when_other_adapters_are_loaded(predictor, tmp_path):
+    lora.inject(predictor, rank=4)
+    give_B_values(predictor)
+    trained = run(predictor)
+    lora.save(tmp_path, predictor)
+    give_B_values(predictor, seed=1)
+    lora.fold(predictor)
+    lora.load(predictor, tmp_path)
+    assert torch.equal(run(predictor), trained)
+
+
 def test_folding_into_bfloat16_keeps_updates_smaller_than_its_steps():
     """Rounded to the nearest, a small update would be lost; what is kept is measured along what it does to inputs."""
     random = torch.Generator().manual_seed(0)
