@@ -145,6 +145,8 @@ def test_a_package_holds_what_it_says(base, run, package, tmp_path):
         archive.extractall(tmp_path)
         assert sorted(archive.namelist()) == sorted([*manifest["sha256"], "manifest.json"])
     export.verify(tmp_path)
+    for path in Path("vjepa2_src").glob("*.py"):                            # kernels.py is imported on a GPU alone
+        assert (tmp_path / path).read_bytes() == path.read_bytes()
     assert (tmp_path / "adapters/step_4/adapter_model.safetensors").read_bytes() == \
         (run / "step_4/adapter_model.safetensors").read_bytes()
     cfg = config.load([str(tmp_path / "config.yaml"), f"--data.path={tmp_path}/trajectories"])
