@@ -20,7 +20,7 @@ GIB = 2 ** 30
 ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
 # Measured (bench.py, ViT-g): per token and block of the predictor, in widths of its dtype, compiled and not; bytes per number of
 # the latents; widths per token inside an encoder's block; workspaces.
-BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 13, 20, 30, 14, 0.6 * GIB
+BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 12, 20, 24, 14, 0.6 * GIB
 
 
 def compiles(cfg, device):
@@ -114,7 +114,7 @@ def estimate(cfg, clips, checkpointing, compiled=True):
     """Peak bytes of training with micro-batches of `clips`, from the sizes alone; its constants are measured (bench.py)."""
     size = model.resolve_size(cfg.model.size)
     T, N = cfg.data.clip_frames, (size["image_size"] // 16) ** 2
-    tokens = clips * (N + 2) * (T - 1 + sum(range(2, cfg.rollout + 1)))         # teacher forcing, then each step of the rollout
+    tokens = clips * (N + 2) * (T - 1 + max(0, cfg.rollout - 1))                # teacher forcing, then each further step of the rollout
     width, D, bytes_each = size["predictor_dim"], size["encoder_dim"], 4 if cfg.precision == "fp32" else 2
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in model._empty(cfg.model.size))
     folded = 12 * size["predictor_depth"] * width ** 2                          # a second copy of the adapted matrices

@@ -68,10 +68,10 @@ def train(cfg):
 
 def _train(cfg, device, picked):
     # Devices. torchrun sets RANK and its kin.
-    ddp = "RANK" in os.environ
-    if ddp and not dist.is_initialized():
+    torchrun = "RANK" in os.environ
+    if torchrun and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if ddp else (0, 1)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if torchrun else (0, 1)
     precision = model.resolve_precision(cfg.precision, device)
     dtype = model.DTYPES[precision]
     out = Path(cfg.out_dir)
@@ -118,7 +118,8 @@ def _train(cfg, device, picked):
                 f"{cfg.batch_size * cfg.grad_accum * ranks} clips a step; {out} from step {start} to {cfg.max_steps}")
 
     work = partial(forward_backward, world, partial(lora.fold, predictor, write_folded), scaler, autocast, cfg.rollout, cfg.grad_accum)
-    if fast:
+    graphed = fast and not torchrun                     # not tried beside NCCL
+    if graphed:
         work = speed.Graphed(work, trainable)
     if cfg.val_every and not start:
         metrics.log(0, **evaluate(world, val_batches, cfg, autocast, device))
@@ -133,7 +134,7 @@ def _train(cfg, device, picked):
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                if not fast:                            # Graphed copies it itself
+                if not graphed:                         # which copies it itself
                     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
                 losses = work(batch)
                 totals = {key: totals.get(key, 0) + value / cfg.grad_accum for key, value in losses.items()}
@@ -145,7 +146,7 @@ def _train(cfg, device, picked):
                                  f"the newest checkpoint is step {last_save}")
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=not fast)
+            optimizer.zero_grad(set_to_none=not graphed)
 
             done, counted = step + 1, counted + 1
             logging = done % cfg.log_every == 0 or done == cfg.max_steps
@@ -176,7 +177,7 @@ def _train(cfg, device, picked):
                 metrics.say(f"stopped by a signal after step {done}; go on with --resume")
                 break
     metrics.close()
-    if ddp:
+    if torchrun:
         dist.destroy_process_group()
     return out / f"step_{last_save}"
 

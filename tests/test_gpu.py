@@ -82,7 +82,7 @@ def test_the_kernels_of_attention_are_as_near_to_float32_as_a_dense_mask(monkeyp
             found[name] = gradients(world, batch, kind, rollout=min(3, T - 1))
     fast, dense = ((found[name][1] - found["exact"][1]).norm() / found["exact"][1].norm() for name in ("fast", "dense"))
     assert (found["fast"][0] - found["exact"][0]).abs().max() < 1e-3
-    assert dense < 0.25 and fast < 1.3 * dense
+    assert fast < 0.25 and fast < 1.3 * dense
 
 
 def test_graphed_micro_batches_equal_eager_ones():
@@ -119,15 +119,6 @@ def test_200_steps_from_latents_and_from_frames_and_50_steps_eager(data, tmp_pat
           f"loss {stored[:5].sum(1).mean():.3f} -> {stored[-5:].sum(1).mean():.3f}")
     assert stored[-5:].sum(1).mean() < 0.99 * stored[:5].sum(1).mean()
     assert apart.max() < 1e-2 and eager_apart.max() < 1e-2 and apart.mean() < 2e-3 and eager_apart.mean() < 2e-3
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(data, tmp_path):
-    args = ["--save_every=3", "--max_steps=6", "--lora.dropout=0.1", "--schedule=wsd", "--decay_steps=2"]
-    whole = losses(gpu_recipe(data, tmp_path / "whole", *args))
-    losses(gpu_recipe(data, tmp_path / "parts", *args[:1], "--max_steps=3", *args[2:]))
-    parts = losses(gpu_recipe(data, tmp_path / "parts", *args, "--resume"))
-    assert np.array_equal(whole[:3], parts[:3])
-    assert np.array_equal(whole, parts)
 
 
 def test_running_out_of_memory_ends_in_advice_and_keeps_the_checkpoint(data, tmp_path):

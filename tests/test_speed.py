@@ -20,8 +20,8 @@ VITG = ["config.yaml", "--data.path=nowhere"]
 
 
 @pytest.mark.parametrize("gib, args, batch, checkpointing", [
-    (80, [], 8, False), (22, [], 4, False), (15, [], 2, False), (6, [], 2, True), (4.5, [], 1, True),
-    (40, ["--data.latents=x"], 8, False), (15, ["--data.latents=x"], 4, False), (5, ["--data.latents=x"], 4, True), (2, ["--data.latents=x"], 1, True)])
+    (80, [], 8, False), (22, [], 4, False), (15, [], 2, False), (6, [], 2, True), (5, [], 1, True),
+    (40, ["--data.latents=x"], 8, False), (15, ["--data.latents=x"], 4, False), (5, ["--data.latents=x"], 4, True), (2.5, ["--data.latents=x"], 1, True)])
 def test_a_budget_picks_micro_batches_and_checkpointing(gib, args, batch, checkpointing):
     """For ViT-g; the clips of a step stay the same. bench.py --memory=… checks on a GPU that what was picked fits."""
     cfg, text = speed.fit(config.load([*VITG, f"--memory={gib}", *args]))
@@ -80,10 +80,10 @@ def test_out_of_memory_ends_in_advice_and_the_last_checkpoint_is_intact(base, tm
 
 
 @pytest.mark.parametrize("measured, from_frames, clips, checkpointing", [
-    (21.5, False, 8, False), (6.2, False, 2, False), (42.0, False, 16, False), (7.9, True, 2, False), (23.2, True, 8, False),
-    (3.8, True, 2, True), (1.7, False, 1, True)])
+    (20.5, False, 8, False), (10.8, False, 4, False), (6.5, False, 2, False), (8.2, True, 2, False), (12.7, True, 4, False),
+    (22.3, True, 8, False), (4.2, True, 2, True), (2.2, False, 1, True)])
 def test_the_estimate_is_near_what_was_measured(measured, from_frames, clips, checkpointing):
-    """GiB that bench.py showed on an H200 in bf16: never under it (what is picked must fit), never far above."""
+    """GiB that bench.py showed on an H100 in bf16: never under it (what is picked must fit), never far above."""
     cfg = config.load([*VITG, *([] if from_frames else ["--data.latents=x"])])
     assert measured <= speed.estimate(cfg, clips, checkpointing) / speed.GIB < 1.2 * measured
 
