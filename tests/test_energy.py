@@ -64,18 +64,20 @@ def test_energies_equal_the_published_notebook(franka):
 
 
 def test_several_steps_carry_state_and_latents_forward(franka):
+    """Against all steps computed anew each time, without a memory."""
     world, h, states = franka
     actions = energy.grid("xy", 0.05, 2)
-    twice = energy.landscape(world, h[:1], states[:1], h[1], actions, steps=2)
+    thrice = energy.landscape(world, h[:1], states[:1], h[1], actions, steps=3)
     with torch.no_grad():
-        for action, value in zip(actions, twice):
-            a = torch.from_numpy(action).view(1, 1, 7)
-            s = torch.tensor(states[:1], dtype=torch.float32)[None]
-            z1 = world.predict(h[None, :1], a, s)
-            after = torch.tensor(apply_action(states[0], action), dtype=torch.float32).view(1, 1, 7)
-            z2 = world.predict(torch.cat([h[None, :1], z1], 1), torch.cat([a, a], 1), torch.cat([s, after], 1))[:, -1]
-            assert (z2 - h[1]).abs().mean().item() == pytest.approx(value.item(), abs=1e-6)
-    assert torch.allclose(energy.landscape(world, h[:1], states[:1], h[1], actions, steps=2, chunk=3), twice, atol=1e-6)
+        for action, value in zip(actions, thrice):
+            pose, poses, z = states[0], [], h[None, :1]
+            for n in range(1, 4):
+                poses.append(pose)
+                s, a = torch.tensor(np.array(poses), dtype=torch.float32)[None], torch.from_numpy(action).expand(1, n, 7)
+                z = torch.cat([z, world.predict(z, a, s)[:, -1:]], dim=1)
+                pose = apply_action(pose, action)
+            assert (z[:, -1] - h[1]).abs().mean().item() == pytest.approx(value.item(), abs=1e-6)
+    assert torch.allclose(energy.landscape(world, h[:1], states[:1], h[1], actions, steps=3, chunk=3), thrice, atol=1e-6)
 
 
 def test_both_planners_run_on_the_pair(franka):
