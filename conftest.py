@@ -1,7 +1,11 @@
 """One thread a process: the networks of the tests are small, and threads that wait for a busy core cost minutes."""
 import os
+from contextlib import suppress
 
 import pytest
+
+with suppress(ImportError):
+    import triton  # noqa: F401 — before TensorFlow, as in droid.tensorflow
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

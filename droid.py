@@ -21,6 +21,7 @@ import glob
 import os
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,8 @@ def tensorflow(anonymous=True):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if anonymous:
         os.environ.setdefault("NO_GCE_CHECK", "true")       # only "true" counts
+    with suppress(ImportError):
+        import triton  # noqa: F401 — loaded after TensorFlow (2.21), Triton 3.7 and later end the process: each brings an LLVM
     try:
         import tensorflow as tf
     except ModuleNotFoundError:

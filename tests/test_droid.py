@@ -498,3 +498,12 @@ def test_the_real_franka_pair():
     assert torch.equal(batch["frames"][0], torch.from_numpy(arrays["observations"][0]).permute(3, 0, 1, 2))
     expected = [0.0923694, 0.0309872, 0.0842796, -0.0171648, -0.0099991, -2.407e-05, 0]
     assert batch["actions"][0, 0].tolist() == pytest.approx(expected, abs=1e-6) and (batch["actions"][0, 1] == 0).all()
+
+
+def test_tensorflow_and_triton_can_be_in_one_process():
+    """In the wrong order some of their versions end it (a fault that no except catches)."""
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("triton")
+    code = "import sys, droid; assert 'triton' not in sys.modules; droid.tensorflow(); import triton, torch._dynamo; print('both')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("both\n"), result.stderr
