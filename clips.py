@@ -8,7 +8,8 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
@@ -314,10 +315,11 @@ def ahead(items, n):
 
     def run():
         try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
+            with closing(items):
+                for item in items:
+                    put((item, None))
+                    if stop.is_set():
+                        return
             put((None, StopIteration()))
         except Exception as error:                      # handed over, not swallowed
             put((None, error))
@@ -326,7 +328,7 @@ def ahead(items, n):
         stop.set()
         thread.join()
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)      # torch.compile's settings are a context's
     thread.start()
     atexit.register(end)                                # TensorFlow aborts if it is still at work when Python ends
     try:

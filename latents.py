@@ -7,7 +7,8 @@
 Stored are the frames on the grid of data.frame_step, through data.camera and data.crop, in the dtype of `precision`: 0.72 MB
 a frame in bf16. Per data file there are NNNNN.bin (latents [rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes and
 the .bin's SHA-256); store.json says what all were made with, and another encoder, camera, crop or step is refused. A run that
-was stopped goes on when started again; a file cut short or altered is found and made again.
+was stopped goes on when started again; a file cut short or altered is found and made again. Reading, decoding, the encoder and
+writing go on side by side, each a few episodes or batches ahead of the next.
 """
 import hashlib
 import json
@@ -16,6 +17,10 @@ import re
 import shutil
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,8 @@ import speed
 from clips import Episode, ahead
 
 FRAMES_PER_BATCH = 32
+THREADS = min(8, os.cpu_count() or 1)       # each decodes one episode
+NO_FRAMES = torch.empty(0, dtype=torch.uint8)
 
 
 def folder_of(cfg):
@@ -78,11 +85,12 @@ def encode(cfg):
                       "disk with --data.latents=FOLDER, or raise --data.frame_step")
     done_bytes, rows = 0, 0
     bar = tqdm(total=frames, unit="frame", smoothing=0.05, disable=None)
-    for (i, file), size in zip(todo, sizes):
-        rows += _encode_file(folder, i, file, source, cfg, world, dtype, device, bar)
-        done_bytes += size
-        bar.total = round(rows * sum(sizes) / done_bytes)       # the estimate, corrected by what has been seen
-        bar.refresh()
+    with closing(ahead(_encoded(source, todo, cfg, world, dtype, device), n=4)) as encoded:
+        for (i, _), size in zip(todo, sizes):
+            rows += _write_file(folder, i, encoded, bar)
+            done_bytes += size
+            bar.total = round(rows * sum(sizes) / done_bytes)       # the estimate, corrected by what has been seen
+            bar.refresh()
     bar.close()
     stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in mine)
     share = f" by rank {rank} of {ranks}" if ranks > 1 else ""
@@ -150,53 +158,89 @@ def _estimate(source, todo, sizes, cfg):
     return round(frames * sum(sizes) / seen) if seen else 0
 
 
-@torch.no_grad()
-def _encode_file(folder, i, file, source, cfg, world, dtype, device, bar):
+def _decoded(source, todo, cfg):
+    """The files' episodes in order: (Episode or what is damaged, its frames [n, S, S, 3] uint8); None ends a file.
+
+    A thread reads them, and THREADS decode as many episodes ahead."""
+    def frames_of(episode):
+        if not isinstance(episode, Episode) or cfg.data.only_success and not episode.success:
+            return episode, NO_FRAMES
+        try:
+            return replace(episode, images=None), source.every_frame(episode.images)
+        except ValueError as error:
+            return (episode.place, error, episode.name), NO_FRAMES
+
+    def begun():
+        for _, file in todo:
+            for episode in source.episodes(file):
+                yield pool.submit(frames_of, episode)
+            yield None
+
+    with ThreadPoolExecutor(THREADS) as pool, closing(ahead(begun(), n=THREADS)) as episodes:
+        for episode in episodes:
+            yield episode.result() if episode else None
+
+
+def _encoded(source, todo, cfg, world, dtype, device):
+    """For each file its batches, as (latents [n, N, D] on the CPU, event after which they are there, or None), and then a list of
+    (Episode or what is damaged, its rows).
+
+    A batch does not go on into another episode: made again, a file has the same bits."""
+    cuda = device.type == "cuda"
+
+    def latents_of(frames):
+        n, arrived = len(frames), None
+        if cuda:                                        # one shape: compiled once
+            frames = torch.cat([frames, frames[-1:].expand(FRAMES_PER_BATCH - n, -1, -1, -1)]).pin_memory()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            h = world.encode(frames.to(device, non_blocking=True).permute(3, 0, 1, 2)[None])[0, :n]     # [n, N, D]
+        h = h.to(dtype).to("cpu", non_blocking=True)    # into page-locked memory, while the next batch is prepared
+        if cuda:
+            arrived = torch.cuda.Event(blocking=True)   # who waits for it sleeps
+            arrived.record(torch.cuda.current_stream(device))
+        return h, arrived
+
+    with closing(_decoded(source, todo, cfg)) as decoded:
+        for _ in todo:
+            episodes = []
+            for episode, frames in takewhile(bool, decoded):
+                episodes.append((episode, len(frames)))
+                if len(frames):
+                    yield from map(latents_of, frames.split(FRAMES_PER_BATCH))
+            yield episodes
+
+
+def _write_file(folder, i, encoded, bar):
     """Writes NNNNN.bin, then NNNNN.npz, which makes it count -> its rows."""
-    episodes = {key: [] for key in ("places", "names", "success", "rows", "lengths", "poses", "joint_velocity", "damaged")}
     digest, path, temporary = hashlib.sha256(), folder / f"{i:05d}.bin", folder / f"{i:05d}.bin.tmp"
     (folder / f"{i:05d}.npz").unlink(missing_ok=True)
-
-    def decoded():
-        for episode in source.episodes(file):
-            frames = None
-            if isinstance(episode, Episode) and (episode.success or not cfg.data.only_success):
-                try:
-                    frames = source.every_frame(episode.images)                 # [n, S, S, 3]
-                except ValueError as error:
-                    episode = episode.place, error, episode.name
-            yield episode, frames
-
     with open(temporary, "wb") as out:
-        for episode, frames in ahead(decoded(), n=2):
-            if not isinstance(episode, Episode):
-                place, why, name = episode
-                tqdm.write(f"left out: {place}: {why}", file=sys.stderr)
-                episodes["damaged"].append((place, str(why), name))
-                continue
-            rows = 0
-            for some in frames.split(FRAMES_PER_BATCH) if frames is not None else ():
-                batch = some
-                if device.type == "cuda":               # one shape: compiled once
-                    batch = torch.cat([some, some[-1:].expand(FRAMES_PER_BATCH - len(some), -1, -1, -1)])
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    h = world.encode(batch.permute(3, 0, 1, 2)[None].to(device))[0, :len(some)]     # [n, N, D]
-                data = memoryview(h.to(dtype).contiguous().cpu().view(torch.uint8).numpy()).cast("B")
-                out.write(data)
-                digest.update(data)
-                rows += len(some)
-                bar.update(len(some))
-            velocity = np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None else episode.joint_velocity
-            for key, value in (("places", episode.place), ("names", episode.name), ("success", episode.success), ("rows", rows),
-                               ("lengths", len(episode.poses)), ("poses", episode.poses), ("joint_velocity", velocity)):
-                episodes[key].append(value)
+        while not isinstance(item := next(encoded), list):      # the episodes end the file
+            h, arrived = item
+            if arrived:
+                arrived.synchronize()
+            data = memoryview(h.view(torch.uint8).numpy()).cast("B")
+            out.write(data)
+            digest.update(data)
+            bar.update(len(h))
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
-    arrays = {key: np.concatenate(episodes[key]) if episodes[key] else np.zeros((0, 7)) for key in ("poses", "joint_velocity")}
-    arrays |= {key: np.array(episodes[key]) for key in ("places", "names", "success", "lengths", "damaged")}
-    config.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(episodes["rows"], np.int64), sha256=digest.hexdigest())
-    return sum(episodes["rows"])
+    index = {key: [] for key in ("places", "names", "success", "rows", "lengths", "poses", "joint_velocity", "damaged")}
+    for episode, rows in item:
+        if not isinstance(episode, Episode):
+            place, why, name = episode
+            tqdm.write(f"left out: {place}: {why}", file=sys.stderr)
+            index["damaged"].append((place, str(why), name))
+            continue
+        velocity = np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None else episode.joint_velocity
+        for key, value in (("places", episode.place), ("names", episode.name), ("success", episode.success), ("rows", rows),
+                           ("lengths", len(episode.poses)), ("poses", episode.poses), ("joint_velocity", velocity)):
+            index[key].append(value)
+    arrays = {key: np.concatenate(index[key]) if index[key] else np.zeros((0, 7)) for key in ("poses", "joint_velocity")}
+    arrays |= {key: np.array(index[key]) for key in ("places", "names", "success", "lengths", "damaged")}
+    config.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(index["rows"], np.int64), sha256=digest.hexdigest())
+    return sum(index["rows"])
 
 
 # Reading

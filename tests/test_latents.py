@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 from small import recipe
 
+import clips
 import config
 import droid
 import energy
@@ -124,6 +127,58 @@ def test_two_processes_write_the_store_of_one(base, tmp_path):
     assert contents(tmp_path / "shared") == contents(whole) and len(contents(whole)) > 4
 
 
+def before(patch, owner, name, do):
+    """Lets `do(number of the call, its arguments)` run ahead of each call of owner.name, in its thread."""
+    numbers, call = count(), getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments: (do(next(numbers), arguments), call(*arguments))[1])
+
+
+def source_of(cfg):
+    return type(droid.open_source(frames_of(cfg)))
+
+
+def test_the_store_is_the_same_whatever_the_number_of_threads(cfg, tmp_path, monkeypatch):
+    stores = []
+    for threads in (1, 3):
+        cfg.data.latents, together = f"{tmp_path}/{threads}", threading.Barrier(threads, timeout=20)
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, "THREADS", threads)              # so many decode at a time, and the first is ready last
+            before(patch, source_of(cfg), "every_frame", lambda n, _: n < 3 and (together.wait(), time.sleep(0.2 - 0.1 * n)))
+            stores.append(contents(latents.encode(deepcopy(cfg))))
+    assert stores[0] == stores[1] and len(stores[0]) > 4
+
+
+def test_episodes_are_decoded_a_few_ahead(cfg, monkeypatch):
+    monkeypatch.setattr(latents, "THREADS", 1)
+    decoded, at = [], []
+    before(monkeypatch, source_of(cfg), "every_frame", lambda n, _: decoded.append(n))
+    before(monkeypatch, model.WorldModel, "encode", lambda n, _: (time.sleep(0.2), at.append(len(decoded))))
+    latents.encode(deepcopy(cfg))
+    assert at[0] <= 3 < len(decoded) == at[-1]               # one in use, one in the queue, one that waits for its place
+
+
+@pytest.mark.parametrize("stage", ["decode", "encode", "write"])
+def test_an_error_in_any_thread_stops_the_run_which_then_goes_on(cfg, tmp_path, monkeypatch, stage):
+    whole = deepcopy(cfg)
+    whole.data.latents = f"{tmp_path}/whole"
+    latents.encode(deepcopy(whole))
+
+    def fail(n, _):
+        if n == 3:
+            raise OSError(28, "No space left on device")
+
+    threads = threading.active_count()
+    with monkeypatch.context() as patch:
+        before(patch, *{"decode": (source_of(cfg), "every_frame"), "encode": (model.WorldModel, "encode"),
+                        "write": (os, "replace")}[stage], fail)
+        with pytest.raises(OSError, match="No space left"):
+            latents.encode(deepcopy(cfg))
+        assert threading.active_count() == threads
+    missing = len(contents(whole.data.latents)) - len(contents(cfg.data.latents))
+    latents.encode(deepcopy(cfg))
+    assert missing > 0 and contents(cfg.data.latents) == contents(whole.data.latents)
+
+
 @pytest.mark.parametrize("moment", [0.2, 0.4, 0.6])
 def test_killed_and_started_again_it_ends_in_the_same_store(base, tmp_path, moment):
     """SIGKILL when a share of the files is there, and once more while it goes on."""
@@ -219,6 +274,27 @@ def test_a_damaged_image_costs_its_episode_which_is_named_each_time(base, tmp_pa
     loader = droid.create_dataloader(cfg, shuffle=False)
     assert sum(len(batch["h"]) for batch in loader) == 2 * 5 and "1 damaged" in loader.report()
     assert "left out: episode_1.npz" in capsys.readouterr().err
+
+
+def test_a_broken_jpeg_costs_its_episode_and_no_other(rlds, base, tmp_path, capsys):
+    tf = droid.tensorflow()
+    shutil.copytree(rlds, tmp_path / "data")
+    file = str(min((tmp_path / "data").iterdir()))
+    records = [tf.train.Example.FromString(record.numpy()) for record in tf.data.TFRecordDataset(file)]
+    records[1].features.feature["steps/observation/wrist_image_left"].bytes_list.value[7] = b"\xff\xd8 and no more"
+    with tf.io.TFRecordWriter(file) as out:
+        for record in records:
+            out.write(record.SerializeToString())
+    stores = []
+    for folder in (rlds, tmp_path / "data"):
+        cfg = recipe(base, "", f"--data.path={folder}", f"--data.latents={tmp_path}/store_of_{folder.name}")
+        latents.encode(deepcopy(cfg))
+        stores.append([e for e in droid.open_source(cfg).episodes("0")])
+    assert capsys.readouterr().err.count(f"left out: {file} record 1: an image cannot be decoded") == 1
+    whole, (damaged, *rest) = stores
+    assert damaged[2] == whole[1].name and [e.name for e in rest] == [whole[0].name, whole[2].name]
+    for a, b in zip((whole[0], whole[2]), rest):
+        assert isinstance(b, clips.Episode) and torch.allclose(a.images, b.images, atol=1e-5)
 
 
 def test_memory_stays_flat_and_no_store_is_said(base, tmp_path):
