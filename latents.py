@@ -185,7 +185,7 @@ def _encoded(source, todo, cfg, world, dtype, device):
     """For each file its batches, as (latents [n, N, D] on the CPU, event after which they are there, or None), and then a list of
     (Episode or what is damaged, its rows).
 
-    A batch does not go on into another episode: made again, a file has the same bits."""
+    A batch goes on from one episode of a file to the next, but not into another file: made again, a file has the same bits."""
     cuda = device.type == "cuda"
 
     def latents_of(frames):
@@ -202,11 +202,13 @@ def _encoded(source, todo, cfg, world, dtype, device):
 
     with closing(_decoded(source, todo, cfg)) as decoded:
         for _ in todo:
-            episodes = []
+            episodes, rest = [], NO_FRAMES
             for episode, frames in takewhile(bool, decoded):
                 episodes.append((episode, len(frames)))
-                if len(frames):
-                    yield from map(latents_of, frames.split(FRAMES_PER_BATCH))
+                *full, rest = torch.cat([rest, frames]).split(FRAMES_PER_BATCH)
+                yield from map(latents_of, full)
+            if len(rest):
+                yield latents_of(rest)
             yield episodes
 
 

@@ -148,13 +148,16 @@ def test_the_store_is_the_same_whatever_the_number_of_threads(cfg, tmp_path, mon
     assert stores[0] == stores[1] and len(stores[0]) > 4
 
 
-def test_episodes_are_decoded_a_few_ahead(cfg, monkeypatch):
+def test_episodes_are_decoded_a_few_ahead_and_batches_go_on_across_those_of_a_file(cfg, monkeypatch):
     monkeypatch.setattr(latents, "THREADS", 1)
-    decoded, at = [], []
+    decoded, batches, at = [], [], []
     before(monkeypatch, source_of(cfg), "every_frame", lambda n, _: decoded.append(n))
-    before(monkeypatch, model.WorldModel, "encode", lambda n, _: (time.sleep(0.2), at.append(len(decoded))))
+    before(monkeypatch, model.WorldModel, "encode", lambda n, arguments: (
+        time.sleep(0.2), at.append(len(decoded)), batches.append(arguments[1].shape[2])))
     latents.encode(deepcopy(cfg))
-    assert at[0] <= 3 < len(decoded) == at[-1]               # one in use, one in the queue, one that waits for its place
+    assert batches == ([12] * 6 if source_of(cfg) is droid.NpzFiles else [32, 1, 32, 1, 22])
+    used = 1 if source_of(cfg) is droid.NpzFiles else 3             # episodes in the first batch
+    assert at[0] <= used + 2 < len(decoded) == at[-1]               # one in the queue, one that waits for its place
 
 
 @pytest.mark.parametrize("stage", ["decode", "encode", "write"])
