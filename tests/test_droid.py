@@ -261,10 +261,12 @@ def test_many_shards_are_split_by_shard(tmp_path):
 
 def test_leaving_early_ends_the_reading_thread(rlds):
     """A loader that is dropped while it reads, or lives when the program ends, must not hang it."""
-    loader = droid.create_dataloader(recipe(rlds))
-    for batch in loader:
-        break
-    assert not [t for t in threading.enumerate() if t.daemon and "_ahead" in t.name]
+    loader, before = droid.create_dataloader(recipe(rlds)), threading.active_count()
+    batches = iter(loader)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
     code = ("import sys, test_droid, droid; it = iter(droid.create_dataloader(test_droid.recipe(sys.argv[1]))); next(it); "
             "print('end')")
     result = subprocess.run([sys.executable, "-c", code, str(rlds)], capture_output=True, text=True, timeout=60,
