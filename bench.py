@@ -261,7 +261,6 @@ def networks(table, cfg):
             world.encode(frames)
     table.row(f"encoder, {n_frames} frames", encode, flops=n_frames * encode_flops(cfg))
     world.encoder = None
-    energy.choose_adapter(world.predictor, "baseline", cfg.lora)
     h = model.layer_norm(torch.randn(2, N, D, device=device))
     states, chunk = torch.zeros(1, 7), energy.chunk_size(cfg, device)
     K = 1000 if device.type == "cuda" else 50
@@ -280,6 +279,9 @@ def networks(table, cfg):
     table.row(f"{K} candidate actions, one step", landscape, flops=flops)
     print(f"  compiled and eager energies differ by {(landscape().cpu() - eagerly).abs().max():.1e}; they range over "
           f"{eagerly.max() - eagerly.min():.1e}")
+    lora.inject(world.predictor, **dataclasses.asdict(cfg.lora))
+    table.row(f"{K} candidate actions, one step, with an adapter", landscape, flops=flops)
+    lora.remove(world.predictor)
     e = cfg.energy
     samples, iterations = (e.cem_samples, e.cem_iterations) if device.type == "cuda" else (20, 2)
 

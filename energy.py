@@ -143,7 +143,6 @@ def choose_adapter(predictor, adapter, lora_config):
     else:
         lora.load(predictor, adapter)
     predictor.requires_grad_(False).eval()
-    lora.fold(predictor)
     return lora.update_norm(predictor)
 
 

@@ -8,9 +8,10 @@ A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen,
 so that training starts at the base model. s is alpha / √rank (rank-stabilised, arXiv:2312.03732) or alpha / rank.
 Adapters are float32 whatever the base is. The folder is PEFT's, so `PeftModel.from_pretrained` reads it.
 
-Training and landscapes `fold` the update into a copy of the weights first: y = x (W + s B A)ᵀ + b is one matrix product, and the
-gradients of A and B come through the rank alone, so that no pass over the activations is spent on the update. Dropout drops the
-same inputs for all tokens of a micro-batch, on A's columns; PEFT draws anew for each token.
+Training `fold`s the update into a copy of the weights: y = x (W + s B A)ᵀ + b is then one matrix product, and the gradients of A and B
+come through the rank. In half precision that copy is rounded, by about as much as the weights were; so what is measured
+(validation, landscapes) is computed by the formula, in which base and adapted model share their weights. Dropout drops the same
+inputs for all tokens of a micro-batch, on A's columns; PEFT draws anew for each token.
 """
 import json
 from pathlib import Path
@@ -43,14 +44,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         A = self.lora_A * self.keep if self.training and self.dropout else self.lora_A      # drops inputs without touching x
-        if self.folded is not None:
+        if self.folded is not None and self.training:
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
             x, weight, A, B = (tensor.to(dtype) for tensor in (x, self.folded, A, self.lora_B))
-            bias = None if self.bias is None else self.bias.to(dtype)
-            if torch.is_grad_enabled() and A.requires_grad:
-                return _Folded.apply(x, weight, bias, A, B, self.scale)
-            return F.linear(x, weight, bias)
+            return _Folded.apply(x, weight, None if self.bias is None else self.bias.to(dtype), A, B, self.scale)
         low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
 
@@ -112,12 +110,11 @@ def adapter_state(module):
 
 @torch.no_grad()
 def fold(module, write=None):
-    """Puts W + s B A beside each adapter's W, for all calls until it is called again; in training with dropout drawn anew.
-
-    Once for each micro-batch, and before measuring. write: `write_folded`, maybe compiled."""
+    """Draws dropout anew and puts W + s B A beside each adapter's W, for the training mode's calls until it is called again: once
+    for each micro-batch. write: `write_folded`, maybe compiled."""
     for layer in _adapted(module).values():
         A = layer.lora_A
-        if layer.training and layer.dropout:
+        if layer.dropout:
             layer.keep.bernoulli_(1 - layer.dropout).div_(1 - layer.dropout)
             A = A * layer.keep
         if layer.folded is None:
@@ -219,7 +216,6 @@ def load(module, folder):
     for name, layer in _adapted(module).items():
         layer.lora_A.data.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
         layer.lora_B.data.copy_(state[f"{PREFIX}{name}.lora_B.weight"])
-        layer.folded = None
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
     work = speed.Graphed(work, parameters)              # forward and backward as one launch
     cfg, text = speed.fit(cfg)                          # micro-batch and checkpointing for --memory=GIB
 """
-import importlib.util
 import os
 import sys
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import torch
 
 import lora
 import model
+from vjepa2_src.attention import has_triton
 
 GIB = 2 ** 30
 ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
@@ -25,14 +25,15 @@ BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 12, 20, 24, 14, 0.6 * GIB
 
 def compiles(cfg, device):
     """Whether blocks are compiled: asked for, on a GPU, and Triton is there."""
-    return cfg.compile and not cfg.debug and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return cfg.compile and not cfg.debug and device.type == "cuda" and has_triton()
 
 
 def compile_blocks(blocks):
     """Compiles each block, in place; one compilation serves all blocks of a shape."""
     dynamo = torch._dynamo.config
     setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
-    torch._functorch.config.activation_memory_budget = 0.7      # recompute what is cheap: a third less memory in the same time
+    torch._functorch.config.activation_memory_budget = 0.7      # recompute what is cheap: a third less memory in the same time;
+    # at 0.6 it would be attention too, which looks cheap from outside
     for block in blocks:
         block.compile(dynamic=False)
 
@@ -53,8 +54,8 @@ def eager():
 class Graphed:
     """Forward and backward of a micro-batch as one CUDA graph: launching its kernels one by one takes longer than they run.
 
-    work(batch) -> {name: scalar tensor}, and adds to the parameters' gradients; batch: {name: tensor}, each call of the
-    shapes of the first. Gradients must stay where they are: zero_grad(set_to_none=False)."""
+    work(batch) -> {name: scalar tensor}, and adds to the parameters' gradients; batch: {name: tensor on the host, page-locked},
+    each call of the shapes of the first. Gradients must stay where they are: zero_grad(set_to_none=False)."""
 
     def __init__(self, work, parameters):
         self.work, self.parameters, self.graph = work, parameters, None
@@ -84,10 +85,11 @@ class Graphed:
                 self.work(self.inputs)
         torch.cuda.current_stream().wait_stream(self.side)
         for parameter in self.parameters:
-            parameter.grad.zero_()
+            if parameter.grad is not None:              # None: adapts a layer that nothing uses
+                parameter.grad.zero_()
         torch.cuda.empty_cache()                        # the graph has a pool of its own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # other threads, NCCL's too, may use the GPU
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # the loader's page-locks memory
             self.outputs = self.work(self.inputs)
         torch.cuda.set_rng_state(random)                # a resumed run draws the same numbers as an uninterrupted one
 

@@ -107,6 +107,9 @@ def _train(cfg, device, picked):
     # Resume
     if start:
         _load_state(out / f"step_{start}", cfg, rank, ranks, predictor, optimizer, scaler, loader)
+    if ranks > 1:                                       # unlike GPUs draw unlike numbers from one seed
+        for parameter in trainable:
+            dist.broadcast(parameter.data, 0)
     metrics = Metrics(cfg, out, start, rank)
     metrics.say(f"commit {_commit()}, torch {torch.__version__}, {ranks} x {model.device_name(device)}, {precision}"
                 + (" (this GPU has no fast bf16)" if precision != cfg.precision else ""))
@@ -196,7 +199,6 @@ def forward_backward(world, fold, scaler, autocast, rollout, grad_accum, batch):
 def evaluate(world, batches, cfg, autocast, device):
     """Mean losses over the validation batches of all ranks -> {"val_loss", "val_teacher_forcing", "val_rollout"}."""
     world.eval()
-    lora.fold(world.predictor)
     sums = torch.zeros(3, device=device, dtype=torch.float64)           # teacher forcing, rollout, clips
     for batch in batches:
         with autocast, speed.eager():
@@ -384,10 +386,11 @@ def _average_gradients(parameters, ranks):
     """Over all ranks, in one all-reduce a step: the adapters are small (25 MB)."""
     if ranks == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    grads = [p.grad for p in parameters if p.grad is not None]          # None: adapts a layer that nothing uses
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    for p, mean in zip(parameters, (flat / ranks).split([p.numel() for p in parameters])):
-        p.grad.copy_(mean.view_as(p))
+    for grad, mean in zip(grads, (flat / ranks).split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 def _commit():

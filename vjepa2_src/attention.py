@@ -6,17 +6,27 @@ frame's 256 patches then fill whole blocks, and only the condition tokens need a
 """
 import importlib.util
 import math
+import os
+import shutil
+from functools import lru_cache
 
 import torch
 
 BLOCK, BLOCK_CONDITIONS = 64, 32        # rows of a kernel's program: the fastest on an H100, and they fit smaller cards
 
 
+@lru_cache
+def has_triton():
+    """Triton and the C compiler that it needs to start a kernel."""
+    return importlib.util.find_spec("triton") is not None and bool(
+        os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))))
+
+
 def has_fast_attention(x, patches, head_dim):
     """Where the kernels run: half precision on Nvidia GPUs from Ampere on, with Triton, and frames of whole blocks."""
-    return (patches % BLOCK == 0 and head_dim in (32, 64, 128) and x.is_cuda and torch.version.cuda is not None
+    return (patches % BLOCK == 0 and head_dim in (32, 64) and x.is_cuda and torch.version.cuda is not None
             and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
-            and importlib.util.find_spec("triton") is not None)
+            and has_triton())
 
 
 @torch.library.custom_op("vjepa2::step_causal_attention", mutates_args=())
@@ -28,6 +38,7 @@ def step_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ste
     condition tokens. q may have the last steps only. Returns the output [B, H, L, d], a view of [B, L, H, d], and the
     log2-sum-exp2 [B, H, L] in float32."""
     from vjepa2_src import kernels
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (q.stride(), k.stride(), v.stride())
     out, lse = _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     grid, times, sizes = _launch(q, k, steps, patches)
     kernels.forward[grid(q)](q, k, v, out, lse, *_strides(q, k, v, out), *times, _scale(q) * math.log2(math.e), **sizes)

@@ -50,7 +50,9 @@ class Predictor(nn.Module):
             raise ValueError(f"latents {list(z.shape)}, actions {list(actions.shape)}, states "
                              f"{list(states.shape)}: expected {T} x {N} tokens and equal shapes")
         assert memory is None or T == 1, T
-        x = self.enter(z, actions, states)
+        dtype = self.predictor_norm.weight.dtype
+        conditions = torch.stack([self.action_encoder(actions.to(dtype)), self.state_encoder(states.to(dtype))], dim=2)   # [B, T, 2, P]
+        x = torch.cat([self.predictor_embed(z.to(dtype)), conditions.flatten(1, 2)], dim=1)     # [B, T*N + T*2, P]
         seen = memory[0][0].shape[2] // (N + N_COND) if memory else 0
         table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device, seen)
         fast = has_fast_attention(x, N, self.head_dim)
@@ -65,14 +67,4 @@ class Predictor(nn.Module):
             else:
                 x, kept = block(*arguments)
             remembered.append(kept)
-        return self.leave(x, T * N), remembered if keep else None
-
-    def enter(self, z, actions, states):
-        """-> tokens [B, T*N + T*2, P]"""
-        dtype = self.predictor_norm.weight.dtype
-        conditions = torch.stack([self.action_encoder(actions.to(dtype)), self.state_encoder(states.to(dtype))], dim=2)   # [B, T, 2, P]
-        return torch.cat([self.predictor_embed(z.to(dtype)), conditions.flatten(1, 2)], dim=1)
-
-    def leave(self, x, n):
-        """-> [B, n, encoder_dim] of the first n tokens"""
-        return self.predictor_proj(self.predictor_norm(x[:, :n]))
+        return self.predictor_proj(self.predictor_norm(x[:, :T * N])), remembered if keep else None
