@@ -6,6 +6,7 @@ command prints one line of JSON.
     python bench_more.py slim                    # the same file -> a slim .safetensors, as export.py does
     python bench_more.py data --data.path=FOLDER # clips per second from records or .npz to batches
     python bench_more.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
+    python bench_more.py profile --device=cuda --batch_size=8        # kernels of a micro-batch from latents, the longest first
     python bench_more.py analysis --memory=15 --precision=fp16       # all of energy.py: 16 pairs, two adapters, within 15 GiB
 
 load and slim write the file (unless it is there), do their work in a fresh process, and give seconds, the size
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import bench
 import config
 import droid
 import energy
@@ -138,7 +140,24 @@ def analysis(cfg, n_episodes=8, n_frames=48):
     return out | ({"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {})
 
 
-COMMANDS = {"data": data, "precision": precision, "analysis": analysis}
+def profile(cfg):
+    """Where a micro-batch from latents spends its time: milliseconds and calls of each kernel (on a CPU: of each operator)."""
+    from torch.profiler import ProfilerActivity
+    device = model.resolve_device(cfg.device)
+    work = bench.Training(cfg, device, cfg.batch_size, from_frames=False, checkpointing=cfg.activation_checkpointing)
+    for _ in range(3):
+        work()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    rows = [(row.key, (row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total) / 1e3, row.count)
+            for row in seen.key_averages()]
+    rows.sort(key=lambda row: -row[1])
+    return {"total_ms": sum(ms for _, ms, _ in rows), "kernels": [{"name": name[:100], "ms": ms, "calls": n} for name, ms, n in rows[:40]]}
+
+
+COMMANDS = {"data": data, "precision": precision, "profile": profile, "analysis": analysis}
 
 
 def main(args):

@@ -10,6 +10,7 @@ import torch
 from small import recipe
 
 import bench
+import bench_more
 import config
 import energy
 import model
@@ -86,6 +87,14 @@ def test_the_estimate_is_near_what_was_measured(measured, from_frames, clips, ch
     """GiB that bench.py showed on an H100 in bf16: never under it (what is picked must fit), never far above."""
     cfg = config.load([*VITG, *([] if from_frames else ["--data.latents=x"])])
     assert measured <= speed.estimate(cfg, clips, checkpointing) / speed.GIB < 1.2 * measured
+
+
+def test_the_profile_names_what_takes_longest(monkeypatch, capsys):
+    bench_more.main(["profile", "--device=cpu", "--model.size=tiny", "--data.clip_frames=4", "--precision=fp32", "--activation_checkpointing=false"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    times = [row["ms"] for row in found["kernels"]]
+    assert times == sorted(times, reverse=True) and 0 < sum(times) <= found["total_ms"] * 1.001
+    assert any("addmm" in row["name"] for row in found["kernels"])
 
 
 def test_advice_names_only_what_is_left_to_change():
