@@ -12,14 +12,19 @@ def write(folder):
     parts = {name: {f"module.{k}": v for k, v in part.state_dict().items()}
              for name, part in (("encoder", encoder), ("predictor", predictor))}
     torch.save(parts, folder / "base.pt")
-    random = np.random.default_rng(0)
     (folder / "data").mkdir()
-    for i in range(6):
-        poses = np.cumsum(random.normal(0, 0.05, (12, 7)), axis=0)
-        poses[:, 6] = 0.5
-        frames = random.integers(0, 256, (12, 4, 4, 3)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
-        np.savez(folder / f"data/episode_{i}.npz", observations=frames, states=poses)
+    write_episodes(folder / "data", n=6, length=12, patches=4, move=0.05)
     return folder
+
+
+def write_episodes(folder, n, length, patches, move):
+    """episode_{0..n-1}.npz of `length` frames of patches x patches colours, 16 pixels each; poses wander by about `move` (m) a frame."""
+    random = np.random.default_rng(0)
+    for i in range(n):
+        poses = np.cumsum(random.normal(0, move, (length, 7)), axis=0)
+        poses[:, 6] = 0.5
+        frames = random.integers(0, 256, (length, patches, patches, 3)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
+        np.savez(folder / f"episode_{i}.npz", observations=frames, states=poses)
 
 
 def recipe(base, out, *args):
