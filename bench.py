@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import config
 import droid
 import energy
+import folded
 import latents
 import lora
 import model
@@ -148,7 +149,7 @@ class Training:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.graphed = compiled and speed.compiles(cfg, device)
-        write_folded = speed.compile_world(world) if self.graphed else lora.write_folded
+        write_folded = speed.compile_world(world) if self.graphed else folded.write_folded
         fold = (lambda: None) if plain else partial(lora.fold, predictor, write_folded)
         self.work = partial(train.forward_backward, world, fold, scaler, autocast, cfg.rollout, 1)
         if self.graphed:

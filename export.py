@@ -28,8 +28,8 @@ import config
 import lora
 import model
 
-SOURCES = ("clips.py", "colab.ipynb", "compare.py", "config.py", "droid.py", "energy.py", "export.py", "figures.py", "lora.py",
-           "measures.py", "latents.py", "model.py", "plan.py", "speed.py", "LICENSE", "vjepa2_src/__init__.py",
+SOURCES = ("clips.py", "colab.ipynb", "compare.py", "config.py", "droid.py", "energy.py", "export.py", "figures.py", "folded.py",
+           "lora.py", "measures.py", "latents.py", "model.py", "plan.py", "speed.py", "LICENSE", "vjepa2_src/__init__.py",
            "vjepa2_src/attention.py", "vjepa2_src/blocks.py", "vjepa2_src/encoder.py", "vjepa2_src/kernels.py", "vjepa2_src/predictor.py")
 PACKAGE = "checkpoints_for_colab.zip"
 

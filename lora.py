@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+import folded
 from config import LoraConfig, write_file
 
 PREFIX = "base_model.model."        # PEFT puts it before every module name
@@ -39,37 +40,25 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: 0 or 1 / (1 - dropout)
-        self.folded = None                                                      # W + s B A: `fold`
+        self.folded = None                                                      # W + s B A, written by `fold`
         self.train(base.training)
 
     def forward(self, x):
-        A = self.lora_A * self.keep if self.training and self.dropout else self.lora_A      # drops inputs without touching x
         if self.folded is not None and self.training:
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
-            x, weight, A, B = (tensor.to(dtype) for tensor in (x, self.folded, A, self.lora_B))
-            return _Folded.apply(x, weight, None if self.bias is None else self.bias.to(dtype), A, B, self.scale)
+            return folded.Linear.apply(*self.parts(x))
+        A = self._A()
         low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
 
+    def _A(self):
+        return self.lora_A * self.keep if self.training and self.dropout else self.lora_A       # drops inputs without touching x
 
-class _Folded(torch.autograd.Function):
-    """x [..., in] -> x weightᵀ + bias with weight = W + scale · B A: one matrix product forward, one for x's gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        ctx.save_for_backward(x, weight, A, B)
-        ctx.scale = scale
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, d_y):
-        x, weight, A, B = ctx.saved_tensors
-        d_x = d_y @ weight
-        x, d_y = x.flatten(0, -2), d_y.flatten(0, -2)                           # [tokens, in], [tokens, out]
-        d_A = (d_y @ (ctx.scale * B)).T @ x                                     # [rank, in]
-        d_B = ctx.scale * (d_y.T @ (x @ A.T))                                   # [out, rank]
-        return d_x, None, None, d_A, d_B, None
+    def parts(self, x):
+        """x, W + s B A, bias, A, B, all of the dtype to compute in, and s: as the functions of folded.py take them."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.folded.dtype
+        x, weight, A, B = (tensor.to(dtype) for tensor in (x, self.folded, self._A(), self.lora_B))
+        return x, weight, None if self.bias is None else self.bias.to(dtype), A, B, self.scale
 
 
 def _adapted(module):
@@ -78,7 +67,9 @@ def _adapted(module):
 
 def _replace(module, name, layer):
     parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, layer)
+    parent = module.get_submodule(parent)
+    setattr(parent, leaf, layer)
+    parent.fused = False
 
 
 def inject(module, rank=16, alpha=32.0, dropout=0.0, targets=LoraConfig.targets, rslora=True):
@@ -98,6 +89,9 @@ def inject(module, rank=16, alpha=32.0, dropout=0.0, targets=LoraConfig.targets,
     names = [name for name in linear if any(name in found for found in chosen.values())]
     for name in names:
         _replace(module, name, LoRALinear(module.get_submodule(name), rank, scale, dropout))
+    for part in module.modules():
+        if type(part) in folded.FUSED:
+            part.__class__ = folded.FUSED[type(part)]
     module.lora_config = LoraConfig(rank, float(alpha), rslora, dropout, targets)
     return names
 
@@ -111,7 +105,7 @@ def adapter_state(module):
 @torch.no_grad()
 def fold(module, write=None):
     """Draws dropout anew and puts W + s B A beside each adapter's W, for the training mode's calls until it is called again: once
-    for each micro-batch. write: `write_folded`, maybe compiled."""
+    for each micro-batch. write: `folded.write_folded`, maybe compiled."""
     for layer in _adapted(module).values():
         A = layer.lora_A
         if layer.dropout:
@@ -119,22 +113,10 @@ def fold(module, write=None):
             A = A * layer.keep
         if layer.folded is None:
             layer.folded = torch.empty_like(layer.weight)
-        (write or write_folded)(layer.folded, layer.weight, A, layer.lora_B, layer.scale)
-
-
-def write_folded(folded, weight, A, B, scale):
-    """folded [out, in] = weight + scale · B A, computed in float32 and rounded to their dtype.
-
-    To bfloat16 it rounds up or down by a threshold that is fixed for each element and spread evenly over them: to the nearest,
-    all of an update of less than half a step would be lost. An update of zero changes no bit."""
-    total = weight.float() + scale * (B @ A)
-    if weight.dtype == torch.bfloat16:
-        x = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).view(weight.shape)
-        x = (x ^ (x >> 16)) * 0x45D9F3B                 # a hash of the element's number; it wraps around
-        x = (x ^ (x >> 16)) * 0x45D9F3B
-        threshold = (x ^ (x >> 16)) & 0xFFFF            # of the 16 bits that bfloat16 lacks
-        total = ((total.view(torch.int32) + threshold) & -0x10000).view(torch.float32)
-    folded.copy_(total)
+        (write or folded.write_folded)(layer.folded, layer.weight, A, layer.lora_B, layer.scale)
+    for part in module.modules():
+        if type(part) in folded.FUSED.values():
+            part.fused = part.can_fuse()
 
 
 def save(folder, module, base=""):

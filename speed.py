@@ -9,12 +9,13 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-import lora
+import folded
 import model
-from vjepa2_src.attention import has_triton
+from vjepa2_src import attention
 
 GIB = 2 ** 30
 ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
@@ -25,25 +26,33 @@ BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 12, 20, 24, 14, 0.6 * GIB
 
 def compiles(cfg, device):
     """Whether blocks are compiled: asked for, on a GPU, and Triton is there."""
-    return cfg.compile and not cfg.debug and device.type == "cuda" and has_triton()
+    return cfg.compile and not cfg.debug and device.type == "cuda" and attention.has_triton()
 
 
 def compile_blocks(blocks):
     """Compiles each block, in place; one compilation serves all blocks of a shape."""
-    dynamo = torch._dynamo.config
-    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
-    torch._functorch.config.activation_memory_budget = 0.7      # recompute what is cheap: a third less memory in the same time;
-    # at 0.6 it would be attention too, which looks cheap from outside
+    _prepare_compiler()
     for block in blocks:
         block.compile(dynamic=False)
 
 
+@lru_cache
+def _prepare_compiler():
+    from torch.utils.flop_counter import register_flop_formula
+    dynamo = torch._dynamo.config
+    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
+    # Layer norms are recomputed in the backward pass, which saves memory in the same time. Attention would be too: the compiler
+    # takes what it does not know for free.
+    torch._functorch.config.activation_memory_budget = 0.9
+    register_flop_formula(torch.ops.vjepa2.step_causal_attention)(attention.flops)
+
+
 def compile_world(world):
-    """Compiles the blocks and the error of a world model, in place -> `lora.write_folded` compiled, for `lora.fold`."""
+    """Compiles the blocks and the error of a world model, in place -> `folded.write_folded` compiled, for `lora.fold`."""
     for blocks in (world.predictor.predictor_blocks, world.encoder.blocks if world.encoder else ()):
         compile_blocks(blocks)
     world.error = torch.compile(model.error, dynamic=False)
-    return torch.compile(lora.write_folded, dynamic=False)
+    return torch.compile(folded.write_folded, dynamic=False)
 
 
 def eager():

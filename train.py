@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import config
 import droid
+import folded
 import latents
 import lora
 import model
@@ -87,7 +88,7 @@ def _train(cfg, device, picked):
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
     fast = speed.compiles(cfg, device)
-    write_folded = speed.compile_world(world) if fast else lora.write_folded
+    write_folded = speed.compile_world(world) if fast else folded.write_folded
 
     # Optimizer
     optimizer = _optimizer(cfg, trainable, device)

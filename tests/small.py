@@ -1,5 +1,10 @@
-"""What the tests of the loop, of export and of the analysis run on: a small base checkpoint and .npz trajectories."""
+"""What the tests run on: a small base checkpoint, .npz trajectories, Triton without a GPU."""
+import os
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
 from parity import tiny
 
@@ -34,3 +39,14 @@ def recipe(base, out, *args):
         "--data.clip_stride=2", "--data.val_fraction=0.3", "--precision=fp32", "--batch_size=2", "--grad_accum=2",
         "--max_steps=6", "--warmup_steps=2", "--lr=1e-2", "--log_every=1", "--val_every=3", "--val_batches=2",
         "--save_every=100", "--lora.rank=4", *args])
+
+
+def interpret(code):
+    """What Python code prints, in words, with Triton's kernels run by its interpreter on the CPU; skips the test where that cannot be."""
+    pytest.importorskip("triton")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    if "only 0-dimensional arrays" in result.stderr:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()

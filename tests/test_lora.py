@@ -6,6 +6,7 @@ import torch
 from parity import inputs, tiny
 from torch import nn
 
+import folded
 import lora
 import model
 
@@ -131,7 +132,7 @@ def test_folding_into_bfloat16_keeps_updates_smaller_than_its_steps():
     out = torch.empty_like(W)
     for size in (0, 1e-5, 1e-3):
         B = size * torch.randn(256, 8, generator=random)
-        lora.write_folded(out, W, A, B, 8.0)
+        folded.write_folded(out, W, A, B, 8.0)
         if size == 0:
             assert torch.equal(out, W)
             continue

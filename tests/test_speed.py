@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import recipe
+from small import interpret, recipe
 
 import bench
 import bench_more
@@ -121,3 +121,31 @@ def test_the_table_of_speeds_runs_on_a_cpu(tmp_path):
     assert {"step from frames, 2 clips, plain", "step from latents, 2 clips", "50 candidate actions, one step",
             "reading 64 random clips of stored latents, 2 a batch"} <= rows.keys()
     assert rows["step from latents, 2 clips"]["clips"] == 2
+
+
+COMPILED = """
+from types import SimpleNamespace
+from unittest import mock
+import torch
+import lora, model, speed
+from vjepa2_src import kernels
+size = dict(encoder_dim=32, encoder_depth=1, encoder_heads=2, predictor_dim=128, predictor_depth=1, predictor_heads=4, image_size=64)
+_, predictor = model.build(size)
+lora.inject(predictor, 4, 8.0)
+world, forward, compile_ = model.WorldModel(None, predictor).train(), mock.MagicMock(wraps=kernels.forward), torch.nn.Module.compile
+forward.__getitem__.side_effect = lambda grid: kernels_forward[grid]
+kernels_forward = kernels.forward
+with (mock.patch("folded.has_kernels", lambda x: True), mock.patch("vjepa2_src.predictor.has_fast_attention", lambda *_: True),
+      mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2)),
+      mock.patch.object(kernels, "forward", forward),
+      mock.patch("torch.nn.Module.compile", lambda self, **options: compile_(self, backend="aot_eager_decomp_partition", **options))):
+    speed.compile_blocks(predictor.predictor_blocks)
+    lora.fold(predictor)
+    sum(world.losses(torch.randn(2, 4, 16, 32), torch.randn(2, 4, 7), torch.randn(2, 4, 7), rollout=2).values()).backward()
+print(forward.__getitem__.call_count)
+"""
+
+
+def test_compiled_blocks_compute_attention_once():
+    """Once for teacher forcing and once for the rollout's second step: what the compiler recomputes to save memory is cheap."""
+    assert interpret(COMPILED) == ["2"]

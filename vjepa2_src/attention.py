@@ -22,32 +22,42 @@ def has_triton():
         os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
+def has_kernels(x):
+    """Where Triton kernels run: in half precision on Nvidia GPUs from Ampere on."""
+    return (x.is_cuda and torch.version.cuda is not None and x.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(x.device) >= (8, 0) and has_triton())
+
+
 def has_fast_attention(x, patches, head_dim):
-    """Where the kernels run: half precision on Nvidia GPUs from Ampere on, with Triton, and frames of whole blocks."""
-    return (patches % BLOCK == 0 and head_dim in (32, 64) and x.is_cuda and torch.version.cuda is not None
-            and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
-            and has_triton())
+    """Where those of attention do: with frames of whole blocks besides."""
+    return has_kernels(x) and patches % BLOCK == 0 and head_dim in (32, 64)
 
 
 @torch.library.custom_op("vjepa2::step_causal_attention", mutates_args=())
-def step_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, steps: int,
-                          patches: int) -> tuple[torch.Tensor, torch.Tensor]:
+def step_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, steps: int, patches: int,
+                          keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax attention in which a token sees its own time step and all earlier ones.
 
     q, k, v [B, H, L, d], channels contiguous. L = steps × (patches + conditions) for k and v: the patches of all steps, then their
-    condition tokens. q may have the last steps only. Returns the output [B, H, L, d], a view of [B, L, H, d], and the
-    log2-sum-exp2 [B, H, L] in float32."""
+    condition tokens. q may have the last steps only. Returns the output [B, H, L, d], a view of [B, L, H, d], the
+    log2-sum-exp2 [B, H, L] in float32, and copies of k and v of the first `keep` steps."""
     from vjepa2_src import kernels
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (q.stride(), k.stride(), v.stride())
     out, lse = _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     grid, times, sizes = _launch(q, k, steps, patches)
     kernels.forward[grid(q)](q, k, v, out, lse, *_strides(q, k, v, out), *times, _scale(q) * math.log2(math.e), **sizes)
-    return out, lse
+    return out, lse, first_steps(k, steps, patches, keep), first_steps(v, steps, patches, keep)
+
+
+def first_steps(x, steps, patches, keep):
+    """x [B, H, L, d] of `steps` time steps -> its first `keep` steps, in the same order."""
+    end = steps * patches + keep * (x.shape[2] // steps - patches)
+    return torch.cat([x[:, :, :keep * patches], x[:, :, steps * patches:end]], dim=2)
 
 
 @torch.library.custom_op("vjepa2::step_causal_attention_backward", mutates_args=())
-def _backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-              steps: int, patches: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(d_out: torch.Tensor, d_first_k: torch.Tensor, d_first_v: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+              out: torch.Tensor, lse: torch.Tensor, steps: int, patches: int, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from vjepa2_src import kernels
     if d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
@@ -56,6 +66,11 @@ def _backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     scales = _scale(q) * math.log2(math.e), _scale(q)
     kernels.backward_queries[grid(q)](q, k, v, out, d_out, dq, lse, delta, *_strides(q, k, v, out, d_out, dq), *times, *scales, **sizes)
     kernels.backward_keys[grid(k)](q, k, v, d_out, dk, dv, lse, delta, *_strides(q, k, v, d_out, dk, dv), *times, *scales, **sizes)
+    if keep:
+        n = keep * patches
+        for d, more in ((dk, d_first_k), (dv, d_first_v)):
+            d[:, :, :n] += more[:, :, :n]
+            d[:, :, steps * patches:steps * patches + more.shape[2] - n] += more[:, :, n:]
     return dq, dk, dv
 
 
@@ -76,28 +91,38 @@ def _launch(q, k, steps, patches):
     """grid(rows of a tensor), (H, T, S), and the sizes that a kernel is compiled for."""
     tokens = k.shape[2] // steps
     conditions, block = tokens - patches, min(BLOCK, patches)
+    block_conditions = 16 if steps * conditions <= 16 else BLOCK_CONDITIONS
 
     def grid(x):
         own = x.shape[2] // tokens
-        return own * patches // block + -(-own * conditions // BLOCK_CONDITIONS), x.shape[0] * x.shape[1]
+        return own * patches // block + -(-own * conditions // block_conditions), x.shape[0] * x.shape[1]
     return (grid, (q.shape[1], steps, steps - q.shape[2] // tokens),
-            dict(N=patches, C=conditions, D=q.shape[3], BLOCK=block, BLOCK_C=BLOCK_CONDITIONS, num_warps=4, num_stages=3))
+            dict(N=patches, C=conditions, D=q.shape[3], BLOCK=block, BLOCK_C=block_conditions, num_warps=4, num_stages=3))
 
 
 @step_causal_attention.register_fake
-def _(q, k, v, steps, patches):
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q, k, v, steps, patches, keep):
+    first = (first_steps(x, steps, patches, keep) for x in (k, v))
+    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32), *first
 
 
 @_backward.register_fake
-def _(d_out, q, k, v, out, lse, steps, patches):
+def _(d_out, d_first_k, d_first_v, q, k, v, *_):
     return _empty(q), _empty(k), _empty(k)
 
 
 def _remember(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:3], *output[:2])
     ctx.sizes = inputs[3:]
 
 
-step_causal_attention.register_autograd(lambda ctx, d_out, d_lse: (*_backward(d_out, *ctx.saved_tensors, *ctx.sizes), None, None),
-                                        setup_context=_remember)
+step_causal_attention.register_autograd(
+    lambda ctx, d_out, d_lse, *d_first: (*_backward(d_out, *d_first, *ctx.saved_tensors, *ctx.sizes), None, None, None), setup_context=_remember)
+
+
+def flops(q, k, v, steps, patches, keep, **_):
+    """Of `step_causal_attention` forward, from the shapes of its tensors, for the pairs that see each other: as torch.utils.flop_counter takes it."""
+    B, H, rows, d = q
+    tokens = k[2] // steps
+    queries = rows // tokens
+    return 4 * B * H * d * tokens ** 2 * (queries * steps - queries * (queries - 1) // 2)

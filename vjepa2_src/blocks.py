@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vjepa2_src.attention import step_causal_attention
+from vjepa2_src.attention import first_steps, step_causal_attention
 
 
 @lru_cache(maxsize=64)
@@ -92,8 +92,7 @@ class Attention(nn.Module):
         frames = (T, N): x holds T time steps of N patches, behind them L - T * N condition tokens. past: the memory of
         time steps before them. Attention is causal by time step in attention.py's kernels if fast, else with a mask from
         causal_mask (a single step needs none). memory: (k, v) [B, H, L', head_dim] of the first `keep` time steps, or None."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))          # [B, L, 3, H, head_dim]
-        q, k, v = Heads.apply(qkv, *table)                              # [B, H, L, head_dim] each
+        q, k, v = self.heads(x, table)                                  # [B, H, L, head_dim] each
         T, N = frames or (1, x.shape[1])
         C = x.shape[1] // T - N
         if past is not None:
@@ -102,13 +101,14 @@ class Attention(nn.Module):
                     for old, new in zip(past, (k, v)))
             T += seen
         if fast:
-            x, _ = step_causal_attention(q, k, v, T, N)
+            x, _, *memory = step_causal_attention(q, k, v, T, N, keep)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        memory = None
-        if keep:
-            memory = tuple(torch.cat([z[:, :, :keep * N], z[:, :, T * N:T * N + keep * C]], dim=2) for z in (k, v))
-        return self.proj(x.transpose(1, 2).flatten(2)), memory          # [B, L, D]
+            memory = [first_steps(z, T, N, keep) for z in (k, v)]
+        return self.proj(x.transpose(1, 2).flatten(2)), memory if keep else None       # [B, L, D]
+
+    def heads(self, x, table):
+        return Heads.apply(self.qkv(x).unflatten(-1, (3, self.n_heads, -1)), *table)
 
 
 class MLP(nn.Module):
