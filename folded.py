@@ -71,7 +71,7 @@ class _MLP(torch.autograd.Function):
         hidden = F.linear(x, weight1, bias1)
         ctx.save_for_backward(x, hidden, weight1, A1, B1, weight2, A2, B2)
         ctx.scales = scale1, scale2
-        return F.linear(F.gelu(hidden), weight2, bias2)
+        return F.linear(blocks.gelu(hidden), weight2, bias2)
 
     @staticmethod
     def backward(ctx, d_y):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small import interpret
 
 import model
-from vjepa2_src.blocks import Heads, rope_table, rotate
+from vjepa2_src.blocks import Heads, polynomial_gelu, rope_table, rotate
 
 
 def per_frame(encoder, clip):
@@ -341,6 +341,13 @@ def test_a_rollout_after_a_memory_of_one_step_sees_nothing_later():
         after, _ = predictor.remember(own, actions[:, 1:2], states[:, 1:2], memory)
         whole = predictor(torch.cat([z[:, 0], own], dim=1), actions[:, :2], states[:, :2])
     assert torch.allclose(after, whole[:, 16:], atol=1e-5)
+
+
+def test_polynomial_gelu():
+    x = torch.linspace(-12, 12, 10001, dtype=torch.float64)
+    assert (polynomial_gelu(x.float()) - F.gelu(x)).abs().max() < 1e-6
+    half = x.to(torch.bfloat16)
+    assert polynomial_gelu(half).dtype == torch.bfloat16 and (polynomial_gelu(half) - F.gelu(half)).abs().max() <= 2 ** -9
 
 
 KERNELS = """

@@ -111,6 +111,24 @@ class Attention(nn.Module):
         return Heads.apply(self.qkv(x).unflatten(-1, (3, self.n_heads, -1)), *table)
 
 
+def gelu(x):
+    """GELU; by a polynomial where that is faster: compiled for a GPU, in half precision, without gradient."""
+    fast = torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
+    return polynomial_gelu(x) if fast else F.gelu(x)
+
+
+def polynomial_gelu(x):
+    """GELU to 1e-6, computed in float32: the library's error function takes longer than reading x does. One number of x is y; the normal
+    distribution below -|y| is a polynomial of t times the bell curve (Abramowitz and Stegun, 7.1.26)."""
+    y = x.float()
+    t = 1 / (1 + 0.23164189 * y.abs())
+    tail = 0.5307027145 * t - 0.7265760135
+    for coefficient in (0.7107068705, -0.142248368, 0.127414796):
+        tail = tail * t + coefficient
+    tail = tail * t * torch.exp(-0.5 * y * y)
+    return (y * torch.where(y < 0, tail, 1 - tail)).to(x.dtype)
+
+
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -118,7 +136,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
