@@ -1,16 +1,23 @@
 """The one-pass backward passes of the MLP and of attention's heads: Triton's kernels, in its interpreter, against layer by layer."""
+import json
+
+import torch
 from small import interpret
 
-KERNELS = """
+import lora
+import model
+
+SIZE = dict(encoder_dim=32, encoder_depth=1, encoder_heads=2, predictor_dim=128, predictor_depth=2, predictor_heads=4, image_size=64)
+
+KERNELS = f"SIZE = {json.dumps(SIZE)}" + """
 from types import SimpleNamespace
 from unittest import mock
 import torch
 import folded, lora, model
-size = dict(encoder_dim=32, encoder_depth=1, encoder_heads=2, predictor_dim=128, predictor_depth=2, predictor_heads=4, image_size=64)
 properties = lambda _: SimpleNamespace(multi_processor_count=2)         # several ranges of rows
 for rank, dtype in ((4, torch.float32), (24, torch.float32)):
     torch.manual_seed(0)
-    _, predictor = model.build(size, dtype)
+    _, predictor = model.build(SIZE, dtype)
     lora.inject(predictor, rank, 8.0, dropout=0.2)
     for layer in lora._adapted(predictor).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -32,3 +39,16 @@ for rank, dtype in ((4, torch.float32), (24, torch.float32)):
 def test_one_pass_over_the_gradients_equals_layer_by_layer():
     words = interpret(KERNELS)
     assert words[1::2] == ["16", "16"] and max(map(float, words[::2])) < 1e-5
+
+
+def test_layers_taken_out_after_folding_are_plain_again(monkeypatch):
+    monkeypatch.setattr("folded.has_kernels", lambda _: True)
+    _, predictor = model.build(SIZE)
+    arguments = torch.randn(1, 16, 32), torch.randn(1, 1, 7), torch.randn(1, 1, 7)
+    before = predictor(*arguments)
+    lora.inject(predictor, 4)
+    predictor.train()
+    lora.fold(predictor)
+    assert predictor.predictor_blocks[0].mlp.fused and predictor.predictor_blocks[0].attn.fused
+    lora.remove(predictor)
+    assert torch.equal(predictor(*arguments), before)
