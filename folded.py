@@ -15,8 +15,8 @@ GELU_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4, num_stages=2)
 HEADS_TILE = dict(ROWS=32, COLUMNS=64, num_warps=4, num_stages=3)
 
 
-def write_folded(folded, weight, A, B, scale):
-    """folded [out, in] = weight + scale · B A, computed in float32 and rounded to their dtype.
+def write_folded(out, weight, A, B, scale):
+    """out [out features, in] = weight + scale · B A, computed in float32 and rounded to their dtype.
 
     To bfloat16 it rounds up or down by a threshold that is fixed for each element and spread evenly over them: to the nearest,
     all of an update of less than half a step would be lost. An update of zero changes no bit."""
@@ -27,10 +27,10 @@ def write_folded(folded, weight, A, B, scale):
         x = (x ^ (x >> 16)) * 0x45D9F3B
         threshold = (x ^ (x >> 16)) & 0xFFFF            # of the 16 bits that bfloat16 lacks
         total = ((total.view(torch.int32) + threshold) & -0x10000).view(torch.float32)
-    folded.copy_(total)
+    out.copy_(total)
 
 
-class Linear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """x [..., in] -> x weightᵀ + bias with weight = W + scale · B A. All of one dtype; only x, A and B have gradients."""
 
     @staticmethod
@@ -57,14 +57,15 @@ class MLP(blocks.MLP):
     def forward(self, x):
         if not (self.fused and self.training):
             return super().forward(x)
-        return _MLP.apply(*self.fc1.parts(x), *self.fc2.parts(x)[1:])
+        x, *first = self.fc1.parts(x)
+        return _MLP.apply(x, *first, *self.fc2.parts(x)[1:])
 
     def can_fuse(self):
-        return _fuses(self.fc1, self.fc2)
+        return _fuses(GELU_TILE, self.fc1, self.fc2)
 
 
 class _MLP(torch.autograd.Function):
-    """As Linear, GELU, Linear."""
+    """As LinearFunction, GELU, LinearFunction."""
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, A1, B1, scale1, weight2, bias2, A2, B2, scale2):
@@ -95,11 +96,11 @@ class Attention(blocks.Attention):
         return _Heads.apply(*self.qkv.parts(x), *table, self.n_heads)
 
     def can_fuse(self):
-        return _fuses(self.qkv)
+        return _fuses(HEADS_TILE, self.qkv)
 
 
 class _Heads(torch.autograd.Function):
-    """As Linear, blocks.Heads."""
+    """As LinearFunction, blocks.Heads."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scale, cosine, sine, n_heads):
@@ -119,10 +120,10 @@ class _Heads(torch.autograd.Function):
 FUSED = {blocks.MLP: MLP, blocks.Attention: Attention}
 
 
-def _fuses(*layers):
-    """Whether all are folded, in a dtype and of sizes that the kernels take."""
-    return all(getattr(layer, "folded", None) is not None and has_kernels(layer.folded) and layer.lora_A.shape[0] <= 32
-               and all(size % GELU_TILE["COLUMNS"] == 0 for size in layer.weight.shape) for layer in layers)
+def _fuses(tile, *layers):
+    """Whether all are folded, in a dtype and of sizes that the kernels take: ranks up to 32, widths of whole tiles."""
+    return all(getattr(layer, "folded", None) is not None and has_kernels(layer.folded) and len(layer.lora_A) == len(layers[0].lora_A) <= 32
+               and all(size % tile["COLUMNS"] == 0 for size in layer.weight.shape) for layer in layers)
 
 
 @torch.library.custom_op("vjepa2::gelu_backward", mutates_args=())
@@ -134,7 +135,7 @@ def gelu_backward(d: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, low: t
     import folded_kernels
     (M, width), rank = hidden.shape, B.shape[1]
     grid, by_row, by_column, sizes = _launch(hidden, (2,), M, width, rank, GELU_TILE)
-    d_hidden = torch.empty_like(hidden)
+    d_hidden = hidden.new_empty(M, width)
     inputs = [x.contiguous() for x in (d, hidden, B, low, A, d_low)]
     folded_kernels.gelu_backward[grid](*inputs[:2], d_hidden, *inputs[2:], by_row, by_column, M, F=width, **sizes)
     return d_hidden, by_row.sum(1), by_column.sum(1).to(B.dtype)
@@ -168,7 +169,7 @@ def _launch(x, outer, M, width, rank, tile):
 
 @gelu_backward.register_fake
 def _(d, hidden, B, low, A, d_low):
-    return torch.empty_like(hidden), hidden.new_empty(2, *low.shape), hidden.new_empty(2, *B.shape)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(2, *low.shape), hidden.new_empty(2, *B.shape)
 
 
 @heads_backward.register_fake

@@ -45,7 +45,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         if self.folded is not None and self.training:
-            return folded.Linear.apply(*self.parts(x))
+            return folded.LinearFunction.apply(*self.parts(x))
         A = self._A()
         low = F.linear(x, A.to(x.dtype))                                        # [..., rank]
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(low.dtype))
@@ -105,7 +105,7 @@ def adapter_state(module):
 @torch.no_grad()
 def fold(module, write=None):
     """Draws dropout anew and puts W + s B A beside each adapter's W, for the training mode's calls until it is called again: once
-    for each micro-batch. write: `folded.write_folded`, maybe compiled."""
+    for each micro-batch; says to the MLPs and attentions whether they may use folded.py's kernels. write: `folded.write_folded`, maybe compiled."""
     for layer in _adapted(module).values():
         A = layer.lora_A
         if layer.dropout:

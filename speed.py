@@ -15,7 +15,7 @@ import torch
 
 import folded
 import model
-from vjepa2_src import attention
+from vjepa2_src.attention import has_triton
 
 GIB = 2 ** 30
 ROOM = 0.92         # of the budget: the rest is for cuBLAS's workspaces and what fragments
@@ -26,7 +26,7 @@ BLOCK, BLOCK_EAGER, LATENT, ENCODER, REST = 12, 20, 24, 14, 0.6 * GIB
 
 def compiles(cfg, device):
     """Whether blocks are compiled: asked for, on a GPU, and Triton is there."""
-    return cfg.compile and not cfg.debug and device.type == "cuda" and attention.has_triton()
+    return cfg.compile and not cfg.debug and device.type == "cuda" and has_triton()
 
 
 def compile_blocks(blocks):
@@ -40,18 +40,17 @@ def compile_blocks(blocks):
 def _prepare_compiler():
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
-    from torch.utils.flop_counter import register_flop_formula
+    from torch._inductor.virtualized import V
     dynamo = torch._dynamo.config
     setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
-    # Layer norms are recomputed in the backward pass, which saves memory in the same time. Attention would be too: the compiler
-    # takes what it does not know for free.
-    torch._functorch.config.activation_memory_budget = 0.9
-    register_flop_formula(torch.ops.vjepa2.step_causal_attention)(attention.flops)
+    torch._functorch.config.activation_memory_budget = 0.9      # recompute layer norms in the backward pass: less memory in the same time;
+    # below 0.85 it would be attention too
     # Rows of up to 2,048 numbers are normed in one go, as those of up to 1,024 are, instead of read twice: the encoder's have 1,408.
     default = getattr(InductorChoices, "should_use_persistent_reduction", None)
 
-    def in_one_go(features, *cooperative):
-        return default(features, *cooperative) or bool(features.get_reduction_hint() == ReductionHint.INNER and features.reduction_numel <= 2048)
+    def in_one_go(features, *args, **options):
+        return default(features, *args, **options) or (features.get_reduction_hint() == ReductionHint.INNER
+                                                       and V.graph.sizevars.statically_known_leq(features.reduction_numel, 2048))
     if default:                                     # not a public name
         InductorChoices.should_use_persistent_reduction = staticmethod(in_one_go)
 
@@ -137,8 +136,8 @@ def estimate(cfg, clips, checkpointing, compiled=True):
     tokens = clips * (N + 2) * (T - 1 + max(0, cfg.rollout - 1))                # teacher forcing, then each further step of the rollout
     width, D, bytes_each = size["predictor_dim"], size["encoder_dim"], 4 if cfg.precision == "fp32" else 2
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in model._empty(cfg.model.size))
-    folded = 12 * size["predictor_depth"] * width ** 2                          # a second copy of the adapted matrices
-    weights = bytes_each * (predictor + folded + (0 if cfg.data.latents else encoder))
+    copies = 12 * size["predictor_depth"] * width ** 2                          # a second copy of the adapted matrices
+    weights = bytes_each * (predictor + copies + (0 if cfg.data.latents else encoder))
     adapters = 16 * size["predictor_depth"] * cfg.lora.rank * 18 * width       # four linear layers: 9 widths in, 9 out
     one = tokens * width * bytes_each * (BLOCK if compiled else BLOCK_EAGER)     # what a block keeps for its backward pass
     kept = tokens * width * bytes_each * size["predictor_depth"] + one if checkpointing else one * size["predictor_depth"]

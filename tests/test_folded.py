@@ -1,6 +1,7 @@
 """The one-pass backward passes of the MLP and of attention's heads: Triton's kernels, in its interpreter, against layer by layer."""
 import json
 
+import pytest
 import torch
 from small import interpret
 
@@ -15,9 +16,9 @@ from unittest import mock
 import torch
 import folded, lora, model
 properties = lambda _: SimpleNamespace(multi_processor_count=2)         # several ranges of rows
-for rank, dtype in ((4, torch.float32), (24, torch.float32)):
+for rank in (4, 24):
     torch.manual_seed(0)
-    _, predictor = model.build(SIZE, dtype)
+    _, predictor = model.build(SIZE)
     lora.inject(predictor, rank, 8.0, dropout=0.2)
     for layer in lora._adapted(predictor).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -39,6 +40,19 @@ for rank, dtype in ((4, torch.float32), (24, torch.float32)):
 def test_one_pass_over_the_gradients_equals_layer_by_layer():
     words = interpret(KERNELS)
     assert words[1::2] == ["16", "16"] and max(map(float, words[::2])) < 1e-5
+
+
+@pytest.mark.parametrize("size, adapters, mlp, attn", [
+    (SIZE, dict(rank=32), True, True), (SIZE, dict(rank=33), False, False), (SIZE | dict(predictor_dim=192), dict(rank=4), False, True),
+    (SIZE | dict(predictor_dim=160), dict(rank=4), False, False),
+    (SIZE, dict(rank=4, targets=("attn.qkv", "mlp.fc1")), False, True), (SIZE, dict(rank=4, targets=("mlp.fc1", "mlp.fc2")), True, False)])
+def test_what_the_kernels_cannot_take_goes_layer_by_layer(monkeypatch, size, adapters, mlp, attn):
+    monkeypatch.setattr("folded.has_kernels", lambda _: True)
+    _, predictor = model.build(size)
+    lora.inject(predictor, **adapters)
+    assert not predictor.predictor_blocks[0].mlp.fused and not predictor.predictor_blocks[0].attn.fused
+    lora.fold(predictor)
+    assert (predictor.predictor_blocks[0].mlp.fused, predictor.predictor_blocks[0].attn.fused) == (mlp, attn)
 
 
 def test_layers_taken_out_after_folding_are_plain_again(monkeypatch):

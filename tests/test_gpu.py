@@ -1,5 +1,5 @@
 """What runs on a GPU alone: the kernels inside the networks, CUDA graphs, compiled blocks, running out of memory. Skipped without
-one; `pytest tests/test_gpu.py` took 2 min 38 s on an H100, compilation included. Networks of full width with few blocks, random weights."""
+one; `pytest tests/test_gpu.py` took 2 min 30 s on an H100, compilation included. Networks of full width with few blocks, random weights."""
 import json
 import shutil
 
@@ -77,6 +77,7 @@ def test_the_kernels_are_as_near_to_float32_as_a_dense_mask_and_layer_by_layer(m
                 patch.setattr("vjepa2_src.predictor.has_fast_attention", lambda *_: False)
                 patch.setattr("folded.has_kernels", lambda _: False)
             found[name] = gradients(world, batch, kind, rollout=min(3, T - 1))
+        assert world.predictor.predictor_blocks[0].mlp.fused == world.predictor.predictor_blocks[0].attn.fused == fast
     fast, dense = ((found[name][1] - found["exact"][1]).norm() / found["exact"][1].norm() for name in ("fast", "dense"))
     assert (found["fast"][0] - found["exact"][0]).abs().max() < 1e-3
     print(f"{dtype}, {T} steps: kernels {fast:.2e}, without {dense:.2e} from float32's gradients")

@@ -115,8 +115,8 @@ def test_folded_layers_give_the_output_and_the_gradients_of_the_formula(predicto
     random = torch.Generator().manual_seed(0)
     x, d_y = (torch.randn(3, 5, n, generator=random) for n in (layer.in_features, layer.out_features))
     found = []
-    for folded in (layer.folded, None):
-        layer.folded = folded
+    for weight in (layer.folded, None):
+        layer.folded = weight
         leaf = x.to(dtype).requires_grad_()
         y = layer(leaf)
         found.append([y, *torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), d_y.to(y.dtype))])

@@ -118,11 +118,3 @@ def _remember(ctx, inputs, output):
 
 step_causal_attention.register_autograd(
     lambda ctx, d_out, d_lse, *d_first: (*_backward(d_out, *d_first, *ctx.saved_tensors, *ctx.sizes), None, None, None), setup_context=_remember)
-
-
-def flops(q, k, v, steps, patches, keep, **_):
-    """Of `step_causal_attention` forward, from the shapes of its tensors, for the pairs that see each other: as torch.utils.flop_counter takes it."""
-    B, H, rows, d = q
-    tokens = k[2] // steps
-    queries = rows // tokens
-    return 4 * B * H * d * tokens ** 2 * (queries * steps - queries * (queries - 1) // 2)

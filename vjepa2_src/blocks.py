@@ -112,7 +112,8 @@ class Attention(nn.Module):
 
 
 def gelu(x):
-    """GELU; by a polynomial where that is faster: compiled for a GPU, in half precision, without gradient."""
+    """GELU; by a polynomial where that is faster: compiled for a GPU, in half precision, where autograd does not follow
+    (folded.py has a backward pass of its own)."""
     fast = torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
     return polynomial_gelu(x) if fast else F.gelu(x)
 
