@@ -1,8 +1,9 @@
 """Triton kernels of attention.py: attention that is causal by time step, its backward pass, and nothing that a mask would hide.
 
 The keys of a head lie in rows: the N patches of frame 0, of frame 1, … (T * N rows), then C condition tokens of each frame
-(C * T rows). Queries lie likewise, without the first S frames, which come from a memory. N is a multiple of BLOCK, so a block of patches belongs to one frame, and two blocks see each other whole or not
-at all: only the few condition tokens need a mask. Scores are kept in base 2 (exp2 is what the hardware has).
+(C * T rows). Queries lie likewise, without the first S frames, which come from a memory. N is a multiple of BLOCK, so a block
+of patches belongs to one frame, and two blocks see each other whole or not at all: only the few condition tokens need a mask.
+Scores are kept in base 2 (exp2 is what the hardware has).
 
 A kernel's program takes BLOCK rows of one head, of patches or (BLOCK_C rows) of conditions, and goes through the rows that
 they see. Strides count elements, of batch, head and row; the channels of a head are neighbours.
