@@ -2,7 +2,8 @@
 
 y = x (W + s B A)ᵀ + b is one matrix product, and so is the gradient of x; with low = x Aᵀ and d_low = s d_y B, both as wide as the rank,
 d_A = d_lowᵀ x and d_B = s d_yᵀ low. `lora.fold` writes the sum once for each micro-batch. On GPUs with the kernels of
-folded_kernels.py, the MLP and the heads of attention go over their widest gradients once instead of three to five times.
+folded_kernels.py, the MLP and the heads of attention take these products while they make their widest gradients, instead of reading
+them again.
 """
 import torch
 import torch.nn.functional as F
