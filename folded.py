@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from vjepa2_src import blocks
-from vjepa2_src.attention import has_kernels
 
-PROGRAMS = 4                            # of the kernels on each multiprocessor; their tiles below: the fastest on an H100
+PROGRAMS = 4                            # of the kernels on each multiprocessor; this and their tiles: from a sweep on an H100
 GELU_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4, num_stages=2)
 HEADS_TILE = dict(ROWS=32, COLUMNS=64, num_warps=4, num_stages=3)
 
@@ -53,15 +52,13 @@ class LinearFunction(torch.autograd.Function):
 class MLP(blocks.MLP):
     """The same as one autograd function, where both layers are adapted."""
 
-    fused = False                       # set by `lora.fold`
-
     def forward(self, x):
-        if not (self.fused and self.training):
+        if not (self.training and self.fuses()):
             return super().forward(x)
         x, *first = self.fc1.parts(x)
         return _MLP.apply(x, *first, *self.fc2.parts(x)[1:])
 
-    def can_fuse(self):
+    def fuses(self):
         return _fuses(GELU_TILE, self.fc1, self.fc2)
 
 
@@ -89,14 +86,12 @@ class _MLP(torch.autograd.Function):
 class Attention(blocks.Attention):
     """The same with qkv and the rotations as one autograd function, where qkv is adapted."""
 
-    fused = False
-
     def heads(self, x, table):
-        if not (self.fused and self.training):
+        if not (self.training and self.fuses()):
             return super().heads(x, table)
         return _Heads.apply(*self.qkv.parts(x), *table, self.n_heads)
 
-    def can_fuse(self):
+    def fuses(self):
         return _fuses(HEADS_TILE, self.qkv)
 
 
@@ -122,8 +117,8 @@ FUSED = {blocks.MLP: MLP, blocks.Attention: Attention}
 
 
 def _fuses(tile, *layers):
-    """Whether all are folded, in a dtype and of sizes that the kernels take: ranks up to 32, widths of whole tiles."""
-    return all(getattr(layer, "folded", None) is not None and has_kernels(layer.folded) and len(layer.lora_A) == len(layers[0].lora_A) <= 32
+    """Whether all are folded where kernels run, and of sizes that these take: ranks up to 32, widths of whole tiles."""
+    return all(getattr(layer, "kernels", False) and layer.lora_A.shape[0] == layers[0].lora_A.shape[0] <= 32
                and all(size % tile["COLUMNS"] == 0 for size in layer.weight.shape) for layer in layers)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import save as to_safetensors
 
 import folded
 from config import LoraConfig, write_file
+from vjepa2_src.attention import has_kernels
 
 PREFIX = "base_model.model."        # PEFT puts it before every module name
 
@@ -40,7 +41,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         self.keep = torch.ones(base.in_features, **kind)                        # of the inputs: 0 or 1 / (1 - dropout)
-        self.folded = None                                                      # W + s B A, written by `fold`
+        self.folded, self.kernels = None, False                                 # W + s B A, and whether Triton kernels take it: `fold`
         self.train(base.training)
 
     def forward(self, x):
@@ -67,9 +68,7 @@ def _adapted(module):
 
 def _replace(module, name, layer):
     parent, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent)
-    setattr(parent, leaf, layer)
-    parent.fused = False
+    setattr(module.get_submodule(parent), leaf, layer)
 
 
 def inject(module, rank=16, alpha=32.0, dropout=0.0, targets=LoraConfig.targets, rslora=True):
@@ -105,7 +104,7 @@ def adapter_state(module):
 @torch.no_grad()
 def fold(module, write=None):
     """Draws dropout anew and puts W + s B A beside each adapter's W, for the training mode's calls until it is called again: once
-    for each micro-batch; says to the MLPs and attentions whether they may use folded.py's kernels. write: `folded.write_folded`, maybe compiled."""
+    for each micro-batch. write: `folded.write_folded`, maybe compiled."""
     for layer in _adapted(module).values():
         A = layer.lora_A
         if layer.dropout:
@@ -113,10 +112,8 @@ def fold(module, write=None):
             A = A * layer.keep
         if layer.folded is None:
             layer.folded = torch.empty_like(layer.weight)
+        layer.kernels = has_kernels(layer.folded)
         (write or folded.write_folded)(layer.folded, layer.weight, A, layer.lora_B, layer.scale)
-    for part in module.modules():
-        if type(part) in folded.FUSED.values():
-            part.fused = part.can_fuse()
 
 
 def save(folder, module, base=""):

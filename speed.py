@@ -43,8 +43,8 @@ def _prepare_compiler():
     from torch._inductor.virtualized import V
     dynamo = torch._dynamo.config
     setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)   # shapes in one process
-    torch._functorch.config.activation_memory_budget = 0.9      # recompute layer norms in the backward pass: less memory in the same time;
-    # below 0.85 it would be attention too
+    # Layer norms are computed again in the backward pass, not kept; below 0.85 attention would be too.
+    torch._functorch.config.activation_memory_budget = 0.9
     # Rows of up to 2,048 numbers are normed in one go, as those of up to 1,024 are, instead of read twice: the encoder's have 1,408.
     default = getattr(InductorChoices, "should_use_persistent_reduction", None)
 

@@ -26,7 +26,7 @@ for rank in (4, 24):
     for kernels in (False, True):
         torch.manual_seed(1)
         h, actions, states = model.layer_norm(torch.randn(3, 4, 16, 32)), torch.randn(3, 4, 7), torch.randn(3, 4, 7)
-        with (mock.patch("folded.has_kernels", lambda x: kernels), mock.patch("torch.cuda.get_device_properties", properties),
+        with (mock.patch("lora.has_kernels", lambda x: kernels), mock.patch("torch.cuda.get_device_properties", properties),
               mock.patch("folded.gelu_backward", passes)):
             lora.fold(predictor)
             world.zero_grad()
@@ -47,22 +47,27 @@ def test_one_pass_over_the_gradients_equals_layer_by_layer():
     (SIZE | dict(predictor_dim=160), dict(rank=4), False, False),
     (SIZE, dict(rank=4, targets=("attn.qkv", "mlp.fc1")), False, True), (SIZE, dict(rank=4, targets=("mlp.fc1", "mlp.fc2")), True, False)])
 def test_what_the_kernels_cannot_take_goes_layer_by_layer(monkeypatch, size, adapters, mlp, attn):
-    monkeypatch.setattr("folded.has_kernels", lambda _: True)
+    monkeypatch.setattr("lora.has_kernels", lambda _: True)
     _, predictor = model.build(size)
     lora.inject(predictor, **adapters)
-    assert not predictor.predictor_blocks[0].mlp.fused and not predictor.predictor_blocks[0].attn.fused
+    assert not predictor.predictor_blocks[0].mlp.fuses() and not predictor.predictor_blocks[0].attn.fuses()
     lora.fold(predictor)
-    assert (predictor.predictor_blocks[0].mlp.fused, predictor.predictor_blocks[0].attn.fused) == (mlp, attn)
+    assert (predictor.predictor_blocks[0].mlp.fuses(), predictor.predictor_blocks[0].attn.fuses()) == (mlp, attn)
 
 
-def test_layers_taken_out_after_folding_are_plain_again(monkeypatch):
-    monkeypatch.setattr("folded.has_kernels", lambda _: True)
+def test_what_is_measured_is_not_folded_and_layers_taken_out_are_plain_again(monkeypatch):
+    monkeypatch.setattr("lora.has_kernels", lambda _: True)
     _, predictor = model.build(SIZE)
     arguments = torch.randn(1, 16, 32), torch.randn(1, 1, 7), torch.randn(1, 1, 7)
-    before = predictor(*arguments)
+    base = predictor(*arguments)
     lora.inject(predictor, 4)
-    predictor.train()
+    for layer in lora._adapted(predictor).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    formula = predictor(*arguments)
     lora.fold(predictor)
-    assert predictor.predictor_blocks[0].mlp.fused and predictor.predictor_blocks[0].attn.fused
+    assert torch.equal(predictor(*arguments), formula) and not torch.equal(formula, base)
+    predictor.train()
+    assert predictor.predictor_blocks[0].mlp.fuses() and predictor.predictor_blocks[0].attn.fuses()
+    assert not torch.equal(predictor(*arguments), formula)
     lora.remove(predictor)
-    assert torch.equal(predictor(*arguments), before)
+    assert torch.equal(predictor(*arguments), base)

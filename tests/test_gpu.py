@@ -75,9 +75,10 @@ def test_the_kernels_are_as_near_to_float32_as_a_dense_mask_and_layer_by_layer(m
         with monkeypatch.context() as patch:
             if not fast:
                 patch.setattr("vjepa2_src.predictor.has_fast_attention", lambda *_: False)
-                patch.setattr("folded.has_kernels", lambda _: False)
+                patch.setattr("lora.has_kernels", lambda _: False)
             found[name] = gradients(world, batch, kind, rollout=min(3, T - 1))
-        assert world.predictor.predictor_blocks[0].mlp.fused == world.predictor.predictor_blocks[0].attn.fused == fast
+        block = world.predictor.predictor_blocks[0]
+        assert block.mlp.fuses() == block.attn.fuses() == fast
     fast, dense = ((found[name][1] - found["exact"][1]).norm() / found["exact"][1].norm() for name in ("fast", "dense"))
     assert (found["fast"][0] - found["exact"][0]).abs().max() < 1e-3
     print(f"{dtype}, {T} steps: kernels {fast:.2e}, without {dense:.2e} from float32's gradients")

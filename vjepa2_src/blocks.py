@@ -104,7 +104,7 @@ class Attention(nn.Module):
             x, _, *memory = step_causal_attention(q, k, v, T, N, keep)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            memory = [first_steps(z, T, N, keep) for z in (k, v)]
+            memory = [first_steps(z, T, N, keep) for z in (k, v)] if keep else []
         return self.proj(x.transpose(1, 2).flatten(2)), memory if keep else None       # [B, L, D]
 
     def heads(self, x, table):
