@@ -6,16 +6,15 @@ Strict: an unknown key, a wrong type or a contradiction raises ValueError with o
 and the cure. `""` and `0` mean off. config.yaml says what each key means and in which unit.
 """
 import difflib
-import io
-import os
 import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
+
+from files import write_file
 
 
 @dataclass
@@ -268,27 +267,3 @@ def _plain(value):
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def write_npz(path, **arrays):
-    """As np.savez_compressed, by way of `write_file`."""
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
-    write_file(path, data.getbuffer())
-
-
-def write_file(path, data):
-    """Writes bytes beside `path`, then renames: readers see the old file or the new one, never a part.
-
-    Raises OSError with the path (disk full, no permission); an existing file is then left as it was."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, f"could not be saved: {error.strerror}", str(path)) from None

@@ -26,17 +26,18 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-import compare
+from analysis import compare
 import config
+import files
 import droid
-import figures
+from analysis import figures
 import latents
 import lora
 import model
 import speed
-from clips import apply_action, pose_deltas
-from measures import AXES, metrics  # noqa: F401
-from plan import cem, gradient_plan
+from episodes.poses import apply_action, pose_deltas
+from analysis.measures import AXES, metrics  # noqa: F401
+from analysis.planners import cem, gradient_plan
 
 N_NEGATIVES = 32            # real actions of other moments that each true action is held against
 BYTES_PER_TOKEN = 120_000   # activations of one token in ViT-g's predictor without gradients, measured with room to spare
@@ -210,7 +211,7 @@ def analyse(cfg, adapters, path):
         done = len(found)
         arrays |= {"checkpoints": np.array(names[:done]), "update_norm": np.array(norms[:done]),
                    "training_steps": np.array([_training_step(n) for n in names[:done]])}
-        config.write_npz(path, **arrays)
+        files.write_npz(path, **arrays)
     bar.close()
     return arrays
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import config
+import files
 import lora
 import model
 
@@ -87,7 +88,7 @@ def adapter(source, folder):
     lora.read(source)               # before anything is written: is it whole?
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        config.write_file(Path(folder) / name, data)
+        files.write_file(Path(folder) / name, data)
         _check(folder, (Path(folder) / name).read_bytes() == data)
     state = lora.read(folder)[1]
     return f"{folder}: {sum(t.numel() for t in state.values()):,} parameters in {len(state) // 2} layers"

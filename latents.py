@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -28,10 +27,12 @@ import torch
 from tqdm import tqdm
 
 import config
+import files
 import droid
 import model
 import speed
-from clips import Episode, ahead
+from episodes.clips import Episode, ahead
+from episodes.stored import read_index, read_store, settings_of
 
 FRAMES_PER_BATCH = 32
 THREADS = min(8, os.cpu_count() or 1)       # each decodes one episode
@@ -60,7 +61,7 @@ def encode(cfg):
     rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
     N, D = predictor.grid ** 2, encoder.dim
     source = droid.open_source(cfg)
-    made_with = _settings(cfg, encoder.encoder_fingerprint) | {
+    made_with = settings_of(cfg, encoder.encoder_fingerprint) | {
         "dtype": precision, "tokens": N, "width": D, "drop_idle": data.drop_idle,
         "files": [Path(file).name for file in source.files]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,38 +99,22 @@ def encode(cfg):
     return folder
 
 
-def _settings(cfg, encoder_fingerprint):
-    """What makes two stores interchangeable."""
-    return {"encoder": encoder_fingerprint, "camera": cfg.data.camera, "crop": cfg.data.crop, "frame_step": cfg.data.frame_step,
-            "only_success": cfg.data.only_success, "image_size": model.resolve_size(cfg.model.size)["image_size"]}
-
-
 def _begin(folder, made_with, rank):
     """Writes store.json (rank 0), or compares with the one that is there. Raises ValueError."""
     path = folder / "store.json"
     if path.exists():
-        there = _read_store(folder)
+        there = read_store(folder)
         other = [key for key in made_with if there.get(key) != made_with[key]]
         if other:
             raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give another folder with "
                              "--data.latents=FOLDER, or remove it")
     elif rank == 0:
-        config.write_file(path, json.dumps(made_with, indent=1).encode())
-
-
-def _read_store(folder):
-    try:
-        return json.loads((Path(folder) / "store.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no store of latents (no store.json); make one with: python latents.py config.yaml "
-                         f"--data.latents={folder}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/store.json: damaged ({error}); remove it and run latents.py again") from None
+        files.write_file(path, json.dumps(made_with, indent=1).encode())
 
 
 def _damage(folder, i, frame_bytes):
     """Why file i of the store has to be made (again), or ""."""
-    index = _read_index(folder, i)
+    index = read_index(folder, i)
     if index is None:
         return "missing"
     path = folder / f"{i:05d}.bin"
@@ -137,14 +122,6 @@ def _damage(folder, i, frame_bytes):
         return "cut short"
     with open(path, "rb") as file:
         return "" if hashlib.file_digest(file, "sha256").hexdigest() == str(index["sha256"]) else "altered"
-
-
-def _read_index(folder, i):
-    try:
-        with np.load(folder / f"{i:05d}.npz") as arrays:
-            return {key: arrays[key] for key in arrays}
-    except (FileNotFoundError, OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
 
 
 def _estimate(source, todo, sizes, cfg):
@@ -241,65 +218,8 @@ def _write_file(folder, i, encoded, bar):
             index[key].append(value)
     arrays = {key: np.concatenate(index[key]) if index[key] else np.zeros((0, 7)) for key in ("poses", "joint_velocity")}
     arrays |= {key: np.array(index[key]) for key in ("places", "names", "success", "lengths", "damaged")}
-    config.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(index["rows"], np.int64), sha256=digest.hexdigest())
+    files.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(index["rows"], np.int64), sha256=digest.hexdigest())
     return sum(index["rows"])
-
-
-# Reading
-
-def check(cfg, encoder_fingerprint):
-    """Raises ValueError if the store was made with another encoder than this, or other settings than cfg's."""
-    store = _read_store(cfg.data.latents)
-    wanted = _settings(cfg, encoder_fingerprint)
-    if not store["only_success"]:
-        wanted["only_success"] = False                      # it holds them all
-    if cfg.data.drop_idle and not store["drop_idle"]:
-        raise ValueError(f"{cfg.data.latents}: was made without --data.drop_idle and holds no joint velocities; make it again")
-    for key, value in wanted.items():
-        if store[key] != value:
-            raise ValueError(f"{cfg.data.latents}: was made with another {key} ({store[key]}, now {value}); use the settings it was "
-                             "made with, or make another store with latents.py")
-
-
-class Latents:
-    """A source for `Clips`: the files of a store, in the order of the data files they were made from."""
-    key = "h"
-
-    def __init__(self, cfg):
-        self.data, self.folder = cfg.data, Path(cfg.data.latents)
-        store = _read_store(self.folder)
-        self.shape, self.dtype = (store["tokens"], store["width"]), model.DTYPES[store["dtype"]]
-        self.files = [str(i) for i in range(len(store["files"]))]
-        missing = [i for i in range(len(self.files)) if not (self.folder / f"{i:05d}.npz").exists()]
-        if missing:
-            raise ValueError(f"{self.folder}: {len(missing)} of {len(self.files)} files are missing, the first is {missing[0]:05d}; "
-                             "run latents.py again: it goes on where it stopped")
-
-    def episodes(self, file):
-        index, path = _read_index(self.folder, int(file)), self.folder / f"{int(file):05d}.bin"
-        if index is None or not path.exists() or path.stat().st_size != index["rows"].sum() * self._frame_bytes():
-            raise ValueError(f"{path}: cut short or damaged; run latents.py again: it makes what is damaged anew")
-        rows, ends = index["rows"], np.cumsum(index["lengths"])
-        h = torch.empty(0, *self.shape, dtype=self.dtype)
-        if rows.sum():
-            raw = torch.from_file(str(path), size=path.stat().st_size // self.dtype.itemsize, dtype=self.dtype)
-            h = raw.view(-1, *self.shape)                                               # mapped [rows, N, D]
-        for place, why, name in index["damaged"].reshape(-1, 3).tolist():
-            yield place, why, name
-        for k, (first, end) in enumerate(zip(np.cumsum(rows) - rows, ends)):
-            part = slice(end - index["lengths"][k], end)
-            yield Episode(str(index["places"][k]), str(index["names"][k]), index["poses"][part], h[first:first + rows[k]],
-                          index["joint_velocity"][part], bool(index["success"][k]))
-
-    def _frame_bytes(self):
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
-
-    def gather(self, h, start):
-        first = start // self.data.frame_step
-        return h[first:first + self.data.clip_frames]                                   # a view: read when batched
-
-    def decode(self, h):
-        return h                                                                        # [T, N, D]
 
 
 def main(args):

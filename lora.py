@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 import folded
-from config import LoraConfig, write_file
+from config import LoraConfig
+from files import write_file
 from vjepa2_src.attention import has_kernels
 
 PREFIX = "base_model.model."        # PEFT puts it before every module name

@@ -35,11 +35,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.interpolate import RegularGridInterpolator
 
-import compare
+from analysis import compare
 import config
+import files
 import energy
 import export
-import figures
+from analysis import figures
 import latents
 import train
 from tabletop import CAMERA_A, CAMERA_B, CAMERAS, make_episodes, pretrain, write_rlds
@@ -96,7 +97,7 @@ def story(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor_steps=16
     adapters = [out / f"lora/step_{step}" for step in train.saved_steps(out / "lora")]
     A, result_A = look(out, cfg, CAMERA_A, adapters, ("xy",), (), "energy_A")
     B, result_B = look(out, cfg, CAMERA_B, [*adapters, out / "shuffled_control"], cfg.energy.planes, cfg.energy.planners, "energy_B")
-    config.write_file(out / "comparison.json", json.dumps({"camera_A": result_A, "camera_B": result_B}, indent=1).encode())
+    files.write_file(out / "comparison.json", json.dumps({"camera_A": result_A, "camera_B": result_B}, indent=1).encode())
     draw(A, B, out / "landscapes.png")
     print(export.package(out / "lora", [0, cfg.max_steps], 8, out / export.PACKAGE))
     return A, B, result_A, result_B
@@ -191,7 +192,7 @@ def draw(A, B, path, n_pairs=3):
         figure.legend(marks, ["true action", "as it looks from camera B", "minimum"], loc="outside upper center", ncols=3)
         data = io.BytesIO()
         figure.savefig(data, dpi=300, format="png")
-    config.write_file(path, data.getbuffer())
+    files.write_file(path, data.getbuffer())
 
 
 def _around_the_truth(arrays, cubes, ticks, reach):

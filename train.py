@@ -32,6 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import config
+import files
 import droid
 import folded
 import latents
@@ -263,7 +264,7 @@ def _save_state(folder, cfg, rank, ranks, predictor, optimizer, scaler, loader):
     partial = folder.with_name(f"{folder.name}.tmp")
     try:
         lora.save(partial, predictor, base=cfg.model.checkpoint)
-        config.write_file(partial / "state.pt", buffer.getbuffer())
+        files.write_file(partial / "state.pt", buffer.getbuffer())
         if folder.exists():                 # left incomplete by hand: a whole one has ended the run before
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -316,7 +317,7 @@ class Metrics:
         kept = []
         if start and self.path.exists():            # steps after the checkpoint are about to be run again
             kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        config.write_file(self.path, "".join(line + "\n" for line in kept).encode())
+        files.write_file(self.path, "".join(line + "\n" for line in kept).encode())
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out / "tensorboard", purge_step=start)

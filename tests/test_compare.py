@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-import compare
-import figures
+from analysis import compare
+from analysis import figures
 from energy import grid
 
 P, M, H, T = 12, 8, 2, 4

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 import config
+import files
 import train
 
 
@@ -120,10 +121,10 @@ def test_a_yaml_file_that_is_no_mapping_or_not_yaml(tmp_path):
 
 
 def test_write_file_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):
-    config.write_file(tmp_path / "x", b"old")
+    files.write_file(tmp_path / "x", b"old")
     monkeypatch.setattr(config.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="could not be saved: No space left on device.*x"):
-        config.write_file(tmp_path / "x", b"new")
+        files.write_file(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 

@@ -11,8 +11,8 @@ from small import recipe
 import energy
 import lora
 import model
-from clips import apply_action, pose_deltas
-from plan import cem, gradient_plan
+from episodes.poses import apply_action, pose_deltas
+from analysis.planners import cem, gradient_plan
 
 TRUE = np.array([0.03, -0.05, 0.02, 0, 0, 0, 0])
 

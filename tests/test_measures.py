@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import measures
+from analysis import measures
 from energy import grid
 
 TRUE = np.array([0.03, -0.05, 0.02, 0, 0, 0, 0])

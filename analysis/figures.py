@@ -13,9 +13,9 @@ import matplotlib.lines
 import numpy as np
 from matplotlib.figure import Figure
 
-import compare
-from config import write_file
-from measures import AXES
+from analysis import compare
+from files import write_file
+from analysis.measures import AXES
 
 COLOURS = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]    # Okabe and Ito's, the baseline grey
 MAP = "cividis"

@@ -12,8 +12,8 @@ import json
 
 import numpy as np
 
-from config import write_file
-from measures import AXES, bootstrap, calibration, contrast, metrics, resampled
+from files import write_file
+from analysis.measures import AXES, bootstrap, calibration, contrast, metrics, resampled
 
 FEW = 5                 # episodes from which on an interval is taken at its word
 LABELS = {      # number: (what it is called, unit, digits)

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import config
+import files
 import droid
 import model
 
@@ -204,7 +205,7 @@ def pretrain(path, seed=0, encoder_steps=250, predictor_steps=1600):
                     scaler=None, epoch=1, loss=predictor_loss, batch_size=16, world_size=1,
                     lr=8e-3), file)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    config.write_file(path, file.getvalue())
+    files.write_file(path, file.getvalue())
     return encoder_loss, predictor_loss
 
 

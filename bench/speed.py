@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 
 import config
+import files
 import droid
 import energy
 import folded
 import latents
 import lora
 import model
-import plan
+from analysis import planners
 import speed
 import train
 from vjepa2_src.predictor import N_COND
@@ -288,12 +289,12 @@ def networks(table, cfg):
 
     def energy_of(actions):
         return energy.rollout(world, h[:1], states, h[1], actions, chunk)
-    table.row(f"CEM, {samples} samples x {iterations}", lambda: plan.cem(energy_of, 1, samples, iterations, min(e.cem_elites, samples),
+    table.row(f"CEM, {samples} samples x {iterations}", lambda: planners.cem(energy_of, 1, samples, iterations, min(e.cem_elites, samples),
                                                                           device=device), repeats=3)
 
     def by_gradient():
         with speed.eager():
-            plan.gradient_plan(energy_of, device=device)
+            planners.gradient_plan(energy_of, device=device)
     if device.type == "cuda":
         table.row("gradient planner, 8 starts x 60", by_gradient, repeats=2)
 
@@ -327,12 +328,12 @@ def write_store(folder, N, D, cfg, n_files, n_frames):
     poses = np.zeros((n_frames * cfg.data.frame_step, 7))
     for i in range(n_files):
         torch.randn(n_frames, N, D).to(torch.bfloat16).view(torch.int16).numpy().tofile(folder / f"{i:05d}.bin")
-        config.write_npz(folder / f"{i:05d}.npz", places=np.array([str(i)]), names=np.array([str(i)]), success=np.array([True]),
+        files.write_npz(folder / f"{i:05d}.npz", places=np.array([str(i)]), names=np.array([str(i)]), success=np.array([True]),
                          rows=np.array([n_frames]), lengths=np.array([len(poses)]), poses=poses, joint_velocity=np.zeros((len(poses), 0)),
                          damaged=np.zeros((0, 3)), sha256="")
     made_with = latents._settings(cfg, "") | {"dtype": "bf16", "tokens": N, "width": D, "drop_idle": False,
                                               "files": [str(i) for i in range(n_files)]}
-    config.write_file(folder / "store.json", json.dumps(made_with).encode())
+    files.write_file(folder / "store.json", json.dumps(made_with).encode())
 
 
 PARTS = {"training": training, "networks": networks, "files": files}
@@ -364,7 +365,7 @@ def main(args):
     result = {"device": model.device_name(device), "torch": torch.__version__, "precision": cfg.precision, "memory": cfg.memory,
               "rows": table.rows}
     path = OUT / f"bench{f'_{cfg.memory:g}_GiB' if cfg.memory else ''}.json"
-    config.write_file(path, json.dumps(result, indent=1).encode())
+    files.write_file(path, json.dumps(result, indent=1).encode())
     print(path)
 
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import compare
+from analysis import compare
 import config
+import files
 import energy
-import figures
+from analysis import figures
 import tabletop
 import toy
-from measures import bootstrap
+from analysis.measures import bootstrap
 
 OUT = Path("runs/toy_study")
 SETTINGS = ["--energy.pairs=64", "--energy.per_episode=4", "--data.val_fraction=0.2", "--milestones=[25, 50, 100]"]
@@ -134,7 +135,7 @@ def draw(result, path):
         figure.legend(handles, labels, loc="outside upper center", ncols=4)
         data = io.BytesIO()
         figure.savefig(data, dpi=300, format="png")
-    config.write_file(path, data.getbuffer())
+    files.write_file(path, data.getbuffer())
 
 
 def main(args):
@@ -146,7 +147,7 @@ def main(args):
     for seed in seeds:
         run(seed)
     result = study(seeds)
-    config.write_file(OUT / "study.json", json.dumps(result, indent=1).encode())
+    files.write_file(OUT / "study.json", json.dumps(result, indent=1).encode())
     draw(result, OUT / "evolution.png")
     print(table(result))
     print(f"{OUT}: study.json, evolution.png; {len(seeds)} seeds, {result['pairs']} pairs")

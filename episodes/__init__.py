@@ -1,0 +1,1 @@
+"""Where clips come from: pose algebra, windows and crops, and the sources that need no TensorFlow."""
