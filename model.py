@@ -1,26 +1,31 @@
-"""The world model: sizes by name, strict reading of checkpoints, encode, predict, losses.
+"""The world model: encode, predict, losses; and strict reading of checkpoints.
 
     encoder, predictor = model.load("vjepa2-ac-vitg.pt", "vitg", dtype=torch.bfloat16)
     world = model.WorldModel(encoder, predictor)
     h = world.encode(frames)                            # [B, T, N, D]: T frames of N patches
     losses = world.losses(h, actions, states)           # {"teacher_forcing": [], "rollout": []}
 
-Released weights: https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt, 11.76 GB, of which encoder and
-predictor are 5.27 GB in fp32 and 2.63 GB in bf16. They are mapped, not read: the rest costs no memory.
+Released weights: https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt, 11.76 GB, of which
+encoder and predictor are 5.27 GB in fp32 and 2.63 GB in bf16. The file is memory-mapped: the rest
+of it costs no memory.
 """
 import hashlib
+import importlib.util
 import os
 import pickle
+import shutil
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
 
 from vjepa2_src import Encoder, Predictor
+
 
 URL = "https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,220 +41,39 @@ SIZES = {
 }
 
 
-def resolve_device(name=""):
-    """"", "cpu", "cuda" or "cuda:1" -> torch.device; "": a GPU if there is one. Raises ValueError."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))     # set by torchrun
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device is {device} and PyTorch sees {torch.cuda.device_count()} GPUs; use --device=cpu, "
-                             "fewer processes, or a CUDA build of PyTorch")
-    return device
-
-
-def resolve_precision(precision, device):
-    """A name in DTYPES, but fp16 for bf16 where bf16 runs four times slower (a T4 says it can)."""
-    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "fp16"
-    return precision
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def resolve_size(size):
-    """A name in SIZES or a dict with the same keys -> that dict. Raises ValueError."""
-    if isinstance(size, str):
-        if size not in SIZES:
-            raise ValueError(f"model.size {size!r} is unknown; choose from {', '.join(SIZES)} "
-                             f"or give {', '.join(SIZES['vitg'])}")
-        return SIZES[size]
-    missing, unknown = SIZES["vitg"].keys() - size.keys(), size.keys() - SIZES["vitg"].keys()
-    if missing or unknown:
-        raise ValueError(f"model.size: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    for part in ("encoder", "predictor"):
-        if size[f"{part}_dim"] % (2 * size[f"{part}_heads"]):
-            raise ValueError(f"model.size: {part}_dim {size[f'{part}_dim']} must be a multiple of "
-                             f"twice {part}_heads {size[f'{part}_heads']}")
-    if size["image_size"] % 16:
-        raise ValueError(f"model.size: image_size {size['image_size']} must be a multiple of 16 pixels")
-    return size
-
-
-def _empty(size):
-    """Both networks on the meta device: names and shapes without memory."""
-    s = resolve_size(size)
-    with torch.device("meta"):
-        return (Encoder(s["encoder_dim"], s["encoder_depth"], s["encoder_heads"], s["image_size"]),
-                Predictor(s["encoder_dim"], s["predictor_dim"], s["predictor_depth"],
-                          s["predictor_heads"], s["image_size"]))
-
-
-def build(size, dtype=torch.float32, device="cpu"):
-    """Both networks with random weights, frozen, in eval mode -> encoder, predictor."""
-    parts = _empty(size)
-    for part in parts:
-        part.to(dtype).to_empty(device=device)
-        part.init_weights()
-        part.requires_grad_(False).eval()
-    _mark(*parts, fingerprints(_full_names(*(part.state_dict() for part in parts))))
-    return parts
-
-
-def load(path, size, dtype=torch.float32, device="cpu", encoder=True):
-    """Both networks from a checkpoint, frozen, in eval mode -> encoder (None if not asked for), predictor.
-
-    path: the released .pt ({"encoder": …, "predictor": …, …}), or a flat .pt or .safetensors with
-    encoder.… and predictor.… names; any prefix such as module.backbone. is stripped. "random": as `build`.
-    Weights go tensor by tensor from the mapped file to `dtype` on `device`. Raises ValueError with the
-    file and the cure if it is missing, cut short, holds code, or does not fit `size` name by name."""
-    if path == "random":
-        parts = build(size, dtype, device)
-        return parts if encoder else (None, parts[1])
-    parts = _empty(size)
-    with open_checkpoint(path, size) as (names, read, marks):
-        for part, prefix in list(zip(parts, ("encoder.", "predictor.")))[0 if encoder else 1:]:
-            state = {name.removeprefix(prefix): read(name).to(device=device, dtype=dtype, copy=True)
-                     for name in names if name.startswith(prefix)}
-            part.load_state_dict(state, assign=True)
-            part.requires_grad_(False).eval()
-    _mark(*parts, marks)
-    return parts if encoder else (None, parts[1])
-
-
-@contextmanager
-def open_checkpoint(path, size):
-    """Yields (names encoder.… and predictor.…, read(name) -> tensor backed by the mapped file, fingerprints).
-
-    Reads no tensor whole by itself. Raises as `load`."""
-    wanted = _full_names(*(part.state_dict() for part in _empty(size)))
-    with _mapped(path) as (shapes, tensor, header):
-        theirs = _match_names(path, shapes, wanted, size)           # our name -> the file's name
-
-        def read(name):
-            return tensor(theirs[name])
-
-        marks = {key: header[key] for key in ("base_fingerprint", "encoder_fingerprint") if key in header}
-        yield list(theirs), read, marks if len(marks) == 2 else fingerprints({name: read(name) for name in theirs})
-
-
-def fingerprints(tensors):
-    """Of {encoder.…, predictor.…: tensor}: base_fingerprint of all, which adapters carry, and encoder_fingerprint, which stored
-    latents carry."""
-    return {"base_fingerprint": fingerprint(tensors),
-            "encoder_fingerprint": fingerprint({k: v for k, v in tensors.items() if k.startswith("encoder.")})}
-
-
-def fingerprint(tensors):
-    """Identifies base weights, whatever their dtype: a hash of names, shapes and 64 values of each tensor
-    rounded to bf16. {name: tensor} -> 16 hex digits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].flatten()
-        sample = flat[::max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{list(tensors[name].shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _mark(encoder, predictor, marks):
-    """The fingerprints travel with the networks: adapters and stored latents refuse others."""
-    for part in (encoder, predictor):
-        part.base_fingerprint, part.encoder_fingerprint = marks["base_fingerprint"], marks["encoder_fingerprint"]
-
-
-def _full_names(encoder_state, predictor_state):
-    return ({f"encoder.{k}": v for k, v in encoder_state.items()}
-            | {f"predictor.{k}": v for k, v in predictor_state.items()})
-
-
-@contextmanager
-def _mapped(path):
-    """Yields ({name: shape}, read(name) -> tensor on the CPU, backed by the file, {} or a slim file's header).
-
-    A slim file names the fingerprints of the weights that it was rounded from, so that their adapters fit it."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint. Download the released one (11.8 GB) with: wget {URL} "
-                         "— or try the code with --model.checkpoint=random")
-    if str(path).endswith(".safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                yield ({k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor,
-                       file.metadata() or {})
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole .safetensors file ({error}); copy it again") from None
-        return
-    try:
-        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds Python objects other than tensors and was not opened (it could run "
-                         "code); use the released file or re-save its state dicts") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a whole PyTorch file ({str(error).splitlines()[0][:120]}); "
-                         f"download it again: wget -c {URL}") from None
-    if isinstance(file, dict) and isinstance(file.get("encoder"), dict):
-        file = _full_names(file["encoder"], file.get("predictor") or {})
-    tensors = {k: v for k, v in file.items() if torch.is_tensor(v)} if isinstance(file, dict) else {}
-    yield {k: tuple(v.shape) for k, v in tensors.items()}, tensors.__getitem__, {}
-
-
-def _match_names(path, shapes, wanted, size):
-    """{our name: the file's name}, after stripping each part's prefix. Raises ValueError."""
-    landmarks = {"encoder.": "patch_embed.proj.weight", "predictor.": "predictor_embed.weight"}
-    names = {}
-    for part, landmark in landmarks.items():
-        prefixes = [name.removesuffix(landmark) for name in shapes
-                    if name == landmark or name.endswith(f".{landmark}")]
-        if len(prefixes) != 1:
-            raise ValueError(f"{path}: {len(prefixes)} tensors are named …{landmark}, expected 1: not a V-JEPA 2-AC "
-                             f"checkpoint with encoder and predictor (it holds {len(shapes)} tensors: "
-                             f"{', '.join(list(shapes)[:3])}, …)")
-        names |= {part + name: prefixes[0] + name for name in
-                  (ours.removeprefix(part) for ours in wanted if ours.startswith(part))}
-    missing = [ours for ours, theirs in names.items() if theirs not in shapes]
-    unexpected = sorted(shapes.keys() - names.values())
-    misshaped = [f"{ours} {list(shapes[theirs])} instead of {list(wanted[ours].shape)}"
-                 for ours, theirs in names.items()
-                 if theirs in shapes and shapes[theirs] != tuple(wanted[ours].shape)]
-    problems = [f"{len(found)} {what} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
-                for what, found in (("missing", missing), ("unexpected", unexpected),
-                                    ("of another shape", misshaped)) if found]
-    if problems:
-        raise ValueError(f"{path}: does not fit --model.size={size}: tensors " + "; ".join(problems))
-    return names
-
+# The world model
 
 def layer_norm(x):
     """LayerNorm without weights over the last axis, in float32."""
     return F.layer_norm(x.float(), x.shape[-1:])
 
 
-def error(z, h):
-    """L1 between predictions z [B, …, D], before their layer norm, and latents h of that shape or [N, D]: means [B], float32."""
-    return (layer_norm(z) - h.float()).abs().flatten(1).mean(dim=1)
-
-
 @lru_cache
 def _image_statistics(device):
     """ImageNet's mean and standard deviation, [3, 1, 1, 1] each, copied to the device once."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1, 1)
+                 for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 class WorldModel(nn.Module):
-    """Encoder (None when training from stored latents) and predictor. Latents `h` are float32, layer-normed: [B, T, N, D]."""
+    """Encoder (None when training from stored latents) and predictor.
+
+    Latents `h` are layer-normed float32 (stored ones may be half precision), [B, T, N, D]:
+    T frames of N patches. Actions and states are [B, T, 7] as in `droid.pose_deltas`."""
 
     def __init__(self, encoder, predictor):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
-        self.error = error                      # speed.py may put a compiled one here
         self.base_fingerprint = predictor.base_fingerprint
+        self.train(predictor.training)
 
     @torch.no_grad()
     def encode(self, frames, per_frame=True):
         """frames [B, 3, T, H, W] uint8 RGB -> latents, without gradient.
 
-        per_frame (as V-JEPA 2-AC was trained): each frame alone, doubled into one tubelet -> [B, T, N, D].
+        per_frame (as V-JEPA 2-AC was trained): each frame alone, doubled into one tubelet
+        -> [B, T, N, D]. The encoder's attention is not causal: in a clip encoded as a whole, the
+        latents of a frame have already seen the frames that are to be predicted from them.
         Otherwise (as plain V-JEPA 2): the clip as T/2 tubelets of two frames -> [B, T/2, N, D]."""
         B, _, T, _, _ = frames.shape
         mean, std = _image_statistics(frames.device)
@@ -260,40 +84,279 @@ class WorldModel(nn.Module):
             h = self.encoder(clip).unflatten(0, (B, T))                     # [B, T, N, D]
         else:
             h = self.encoder(clip).unflatten(1, (T // self.encoder.tubelet, -1))
+        # Latents of all frames get one scale, so that their L1 distances can be compared.
         return layer_norm(h)
 
-    def predict(self, h, actions, states):
-        """h [B, T, N, D], actions [B, T, 7], states [B, T, 7] -> latents of the frames 1..T: [B, T, N, D]."""
-        return layer_norm(self.remember(h, actions, states)[0])
-
-    def remember(self, h, actions, states, memory=None, keep=0):
-        """`predict` in parts, with a memory of the time steps seen: as `Predictor.remember`, h and the result [B, T, N, D]. The
-        result is not layer-normed yet: `error` does it, `layer_norm` where it becomes an input."""
-        z, memory = self.predictor.remember(h.flatten(1, 2), actions, states, memory, keep)
-        return z.unflatten(1, h.shape[1:3]), memory
+    def predict(self, h, actions, states, kv_cache=None):
+        """h [B, T, N, D], actions, states [B, T, 7] -> layer-normed latents of the T frames that
+        follow each of them, [B, T, N, D]. kv_cache: as for `Predictor.forward`."""
+        z = self.predictor(h.flatten(1, 2), actions, states, kv_cache)      # [B, T*N, D]
+        return layer_norm(z).unflatten(1, h.shape[1:3])                     # [B, T, N, D]
 
     def losses(self, h, actions, states, rollout=2):
         """L1 losses, float32 scalars, means over all elements.
 
         h [B, T, N, D]; actions, states [B, T, 7] (the action of frame T-1 is not used).
         teacher_forcing: every frame 1..T-1 predicted from the true latents before it.
-        rollout: frames 1..n predicted from frame 0 and the model's own predictions; 0 if rollout is 0.
-        Source: arXiv:2506.09985, equations 2 to 4. Raises ValueError if rollout >= T."""
+        rollout: frames 1..n predicted from frame 0 and the model's own predictions; 0 if n is 0.
+        L1, not L2: the released weights were trained with it, and energies are L1 distances too.
+        Source: arXiv:2506.09985, equations 2 to 4, with the rollout as corrected upstream in June
+        2025 (the released weights were trained before). Raises ValueError if rollout >= T."""
         T = h.shape[1]
         if rollout >= T:
-            raise ValueError(f"rollout {rollout} needs more than {rollout} frames, the clip has {T}")
-        # the first time step of teacher forcing is the rollout's first too: it is remembered, and each further step computed alone
-        z, memory = self.remember(h[:, :-1], actions[:, :-1], states[:, :-1], keep=int(rollout > 1))         # [B, T-1, N, D]
-        losses = {"teacher_forcing": self.error(z, h[:, 1:]).mean(), "rollout": z.new_zeros((), dtype=torch.float32)}
+            raise ValueError(f"rollout {rollout} needs more than {rollout} frames, "
+                             f"the clip has {T}")
+        h = h.float()
+
+        # Teacher forcing: z_t+1 = P(h_0 … h_t, a_0 … a_t, s_0 … s_t) for all t at once.
+        z = self.predict(h[:, :-1], actions[:, :-1], states[:, :-1])        # [B, T-1, N, D]
+        losses = {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": h.new_zeros(())}
+
+        # Rollout: z_n+1 = P(h_0, z_1 … z_n, …): only frame 0 is true. z_1 is the same in both.
         if rollout:
-            own = [z[:, :1]]                                                # the model's frames 1..n
-            for n in range(1, rollout):
-                z, memory = self.remember(layer_norm(own[-1]), actions[:, n:n + 1], states[:, n:n + 1], memory,
-                                            keep=n + 1 if n + 1 < rollout else 0)
-                own.append(z)
-            losses["rollout"] = error(torch.cat(own, dim=1), h[:, 1:rollout + 1]).mean()
+            predicted = z[:, :1]                                            # [B, 1, N, D]
+            for n in range(2, rollout + 1):
+                context = torch.cat([h[:, :1], predicted], dim=1)           # [B, n, N, D]
+                z = self.predict(context, actions[:, :n], states[:, :n])    # [B, n, N, D]
+                predicted = torch.cat([predicted, z[:, -1:]], dim=1)
+            losses["rollout"] = F.l1_loss(predicted, h[:, 1:rollout + 1])
         return losses
 
+    def distance(self, z, h):
+        """L1 between predictions z [B, …, D] and latents h of that shape or [N, D]: means [B]."""
+        return (z - h.float()).abs().flatten(1).mean(dim=1)
+
     def forward(self, actions, states, frames=None, h=None, rollout=2):
-        """The objective of one micro-batch: encode the frames, unless their latents h are given, then `losses`."""
+        """The objective of one micro-batch: encode the frames, unless their latents h are given,
+        then `losses`."""
         return self.losses(self.encode(frames) if h is None else h, actions, states, rollout)
+
+
+def checkpoint_activations(predictor):
+    """Recomputes each block in the backward pass instead of keeping its activations: less memory,
+    more time. In place; the blocks' kv_cache cannot be used with gradients then."""
+    for block in predictor.predictor_blocks:
+        # The reentrant kind would leave adapters without gradients, silently.
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+# Devices and sizes
+
+def resolve_device(name=""):
+    """"cpu", "cuda", "cuda:1" or "" (a GPU if there is one) -> torch.device. Raises ValueError."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        # LOCAL_RANK is set by torchrun: one process per GPU.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device is {device} and PyTorch sees {torch.cuda.device_count()} "
+                             "GPUs; use --device=cpu, fewer processes, or a CUDA build of PyTorch")
+    return device
+
+
+def resolve_precision(precision, device):
+    """A name in DTYPES, but fp16 for bf16 where bf16 runs four times slower (a T4 says it can)."""
+    if precision == "bf16" and device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return precision
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def can_accelerate(cfg, device):
+    """Whether fast/ is asked for and can run: `compile` on a GPU, with Triton and the C compiler
+    that Triton needs to launch kernels."""
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return bool(cfg.compile and not cfg.debug and device.type == "cuda" and compiler
+                and importlib.util.find_spec("triton") and importlib.util.find_spec("fast"))
+
+
+def resolve_size(size):
+    """A name in SIZES or a dict with the same keys -> that dict. Raises ValueError."""
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise ValueError(f"model.size {size!r} is unknown; choose from {', '.join(SIZES)} "
+                             f"or give {', '.join(SIZES['vitg'])}")
+        return SIZES[size]
+    known = SIZES["vitg"].keys()
+    missing, unknown = known - size.keys(), size.keys() - known
+    if missing or unknown:
+        raise ValueError(f"model.size: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    for part in ("encoder", "predictor"):
+        if size[f"{part}_dim"] % (2 * size[f"{part}_heads"]):
+            raise ValueError(f"model.size: {part}_dim {size[f'{part}_dim']} must be a multiple of "
+                             f"twice {part}_heads {size[f'{part}_heads']}")
+    if size["image_size"] % 16:
+        raise ValueError(f"model.size: image_size {size['image_size']} must be a multiple of 16")
+    return size
+
+
+# Weights
+
+def empty_networks(size):
+    """Both networks on the meta device: names and shapes without memory."""
+    s = resolve_size(size)
+    with torch.device("meta"):
+        return (Encoder(s["encoder_dim"], s["encoder_depth"], s["encoder_heads"], s["image_size"]),
+                Predictor(s["encoder_dim"], s["predictor_dim"], s["predictor_depth"],
+                          s["predictor_heads"], s["image_size"]))
+
+
+def build(size, dtype=torch.float32, device="cpu"):
+    """Both networks with random weights, frozen, in eval mode -> encoder, predictor."""
+    networks = empty_networks(size)
+    for network in networks:
+        network.to(dtype).to_empty(device=device)
+        network.init_weights()
+        network.requires_grad_(False).eval()
+    tensors = flat_names(*(network.state_dict() for network in networks))
+    set_fingerprints(*networks, fingerprints(tensors))
+    return networks
+
+
+def load(path, size, dtype=torch.float32, device="cpu", encoder=True):
+    """Both networks from a checkpoint, frozen, in eval mode -> encoder (None if not asked for),
+    predictor.
+
+    path: the released .pt ({"encoder": …, "predictor": …, …}), or a flat .pt or .safetensors with
+    encoder.… and predictor.… names; any prefix such as module.backbone. is stripped. "random": as
+    `build`. Weights go tensor by tensor from the mapped file to `dtype` on `device`. Raises
+    ValueError with the file and the cure if it is missing, cut short, holds code, or does not fit
+    `size` name by name."""
+    if path == "random":
+        networks = build(size, dtype, device)
+        return networks if encoder else (None, networks[1])
+    networks = empty_networks(size)
+    with open_checkpoint(path, size) as (names, read, prints):
+        for network, prefix in zip(networks, ("encoder.", "predictor.")):
+            if prefix == "encoder." and not encoder:
+                continue
+            state = {name.removeprefix(prefix): read(name).to(device=device, dtype=dtype, copy=True)
+                     for name in names if name.startswith(prefix)}
+            network.load_state_dict(state, assign=True)
+            network.requires_grad_(False).eval()
+    set_fingerprints(*networks, prints)
+    return networks if encoder else (None, networks[1])
+
+
+@contextmanager
+def open_checkpoint(path, size):
+    """Yields (names encoder.… and predictor.…, read(name) -> tensor, fingerprints).
+
+    The tensors are backed by the memory-mapped file; none is read whole here. Raises as `load`."""
+    wanted = flat_names(*(network.state_dict() for network in empty_networks(size)))
+    with _open_mapped(path) as (shapes, tensor, header):
+        theirs = _match_names(path, shapes, wanted, size)           # our name -> the file's name
+
+        def read(name):
+            return tensor(theirs[name])
+
+        keys = ("base_fingerprint", "encoder_fingerprint")
+        if all(key in header for key in keys):
+            prints = {key: header[key] for key in keys}
+        else:
+            prints = fingerprints({name: read(name) for name in theirs})
+        yield list(theirs), read, prints
+
+
+def fingerprints(tensors):
+    """{encoder.…, predictor.…: tensor} -> base_fingerprint of all, which adapters carry, and
+    encoder_fingerprint, which stored latents carry."""
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+    return {"base_fingerprint": fingerprint(tensors), "encoder_fingerprint": fingerprint(encoder)}
+
+
+def fingerprint(tensors):
+    """Identifies base weights, whatever their dtype: a hash of names, shapes and 64 values of each
+    tensor rounded to bf16. {name: tensor} -> 16 hex digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].flatten()
+        sample = flat[::max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{list(tensors[name].shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def set_fingerprints(encoder, predictor, prints):
+    """The fingerprints travel with the networks, so that loading rejects adapters and stored
+    latents made with other weights."""
+    for network in (encoder, predictor):
+        network.base_fingerprint = prints["base_fingerprint"]
+        network.encoder_fingerprint = prints["encoder_fingerprint"]
+
+
+def flat_names(encoder_state, predictor_state):
+    """Two state dicts as one, {encoder.…: tensor, predictor.…: tensor}."""
+    return ({f"encoder.{name}": tensor for name, tensor in encoder_state.items()}
+            | {f"predictor.{name}": tensor for name, tensor in predictor_state.items()})
+
+
+@contextmanager
+def _open_mapped(path):
+    """Yields ({name: shape}, read(name) -> tensor on the CPU backed by the file, header metadata).
+
+    `export.py slim` writes the fingerprints of the weights that it rounded into the header: their
+    adapters fit the rounded weights. Other files have none: {}."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint. Download the released one (11.8 GB) with: "
+                         f"wget {URL} — or try the code with --model.checkpoint=random")
+    if str(path).endswith(".safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                yield shapes, file.get_tensor, file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole .safetensors file ({error}); "
+                             "copy it again") from None
+        return
+    try:
+        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds Python objects other than tensors and was not opened (it "
+                         "could run code); use the released file or re-save its state dicts"
+                         ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole PyTorch file ({str(error).splitlines()[0][:120]}); "
+                         f"download it again: wget -c {URL}") from None
+    if isinstance(file, dict) and isinstance(file.get("encoder"), dict):
+        file = flat_names(file["encoder"], file.get("predictor") or {})
+    entries = file.items() if isinstance(file, dict) else ()
+    tensors = {name: value for name, value in entries if torch.is_tensor(value)}
+    yield {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, {}
+
+
+def _match_names(path, shapes, wanted, size):
+    """{our name: the file's name}, after stripping each network's prefix. Raises ValueError."""
+    # A tensor that each network has exactly once tells which prefix the file puts before its names.
+    landmarks = {"encoder.": "patch_embed.proj.weight", "predictor.": "predictor_embed.weight"}
+    names = {}
+    for network, landmark in landmarks.items():
+        prefixes = [name.removesuffix(landmark) for name in shapes
+                    if name == landmark or name.endswith(f".{landmark}")]
+        if len(prefixes) != 1:
+            raise ValueError(f"{path}: {len(prefixes)} tensors are named …{landmark}, expected 1: "
+                             "not a V-JEPA 2-AC checkpoint with encoder and predictor (it holds "
+                             f"{len(shapes)} tensors: {', '.join(list(shapes)[:3])}, …)")
+        for ours in wanted:
+            if ours.startswith(network):
+                names[ours] = prefixes[0] + ours.removeprefix(network)
+    missing = [ours for ours, theirs in names.items() if theirs not in shapes]
+    unexpected = sorted(shapes.keys() - names.values())
+    misshaped = [f"{ours} {list(shapes[theirs])} instead of {list(wanted[ours].shape)}"
+                 for ours, theirs in names.items()
+                 if theirs in shapes and shapes[theirs] != tuple(wanted[ours].shape)]
+    problems = []
+    for found, what in ((missing, "missing"), (unexpected, "unexpected"),
+                        (misshaped, "of another shape")):
+        if found:
+            more = ", …" if len(found) > 3 else ""
+            problems.append(f"{len(found)} {what} ({', '.join(found[:3])}{more})")
+    if problems:
+        raise ValueError(f"{path}: does not fit --model.size={size}: tensors "
+                         + "; ".join(problems))
+    return names

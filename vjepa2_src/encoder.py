@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
         """clip [B, 3, T, H, W] -> [B, (T / tubelet) * rows * cols, D], frame slowest."""
         tubelet, patch, _ = self.proj.kernel_size
         x = clip.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, tubelet))
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)      # [B, L, 3 * 2 * 16 * 16]
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)      # [B, L, 3*2*16*16]
         # One matrix product: the convolution itself is slow in half precision on many builds.
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)     # [B, L, D]
 
@@ -41,15 +41,15 @@ class Encoder(nn.Module):
         """clip [B, 3, T, H, W], RGB normalised with ImageNet's mean and std, any float dtype.
 
         T, H and W must be multiples of tubelet, patch and patch. Returns
-        [B, (T / tubelet) * (H / patch) * (W / patch), dim] in the weights' dtype (autocast's under it).
-        """
+        [B, (T / tubelet) * (H / patch) * (W / patch), dim] in the weights' dtype (autocast's under
+        it). Raises ValueError for other sizes."""
         _, _, T, H, W = clip.shape
         if T % self.tubelet or H % self.patch or W % self.patch:
             raise ValueError(f"clip of {T} frames of {H}x{W} pixels: need multiples of "
                              f"{self.tubelet} frames and {self.patch} pixels")
-        table = rope_table(self.head_dim, T // self.tubelet, H // self.patch, W // self.patch,
-                           self.grid, 0, clip.device)
-        x = self.patch_embed(clip.to(self.norm.weight.dtype))       # [B, L, D]
+        rope = rope_table(self.head_dim, T // self.tubelet, H // self.patch, W // self.patch,
+                          self.grid, 0, clip.device)
+        x = self.patch_embed(clip.to(self.norm.weight.dtype))               # [B, L, D]
         for block in self.blocks:
-            x, _ = block(x, table)
+            x = block(x, rope)
         return self.norm(x)

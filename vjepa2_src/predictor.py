@@ -1,17 +1,27 @@
-"""The action-conditioned predictor: from latents, actions and states of frames 0..t to the latents of t+1.
+"""The action-conditioned predictor: latents, actions and states of frames 0..t -> latents of t+1.
 
-As released: width 1024, depth 24, 16 heads, MLP ratio 4, 305,220,992 parameters. A time step has N patches, an action and a
-state; attention is causal by time step and full inside it. The order of tokens is ours (positions are in the rotations): the
-patches of all steps, then [action, state] of each.
+As released: width 1024, depth 24, 16 heads, MLP ratio 4, 305,220,992 parameters.
 """
+from functools import lru_cache
+from itertools import repeat
+
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
-from vjepa2_src.attention import has_fast_attention
-from vjepa2_src.blocks import Block, causal_mask, init_weights, rope_table
+from vjepa2_src.blocks import Block, init_weights, rope_table
 
 N_COND = 2          # condition tokens per time step: the action and the state
+
+
+@lru_cache(maxsize=64)
+def causal_mask(frames, past_frames, tokens, device):
+    """[frames * tokens, (past_frames + frames) * tokens] bool, True where a query may look.
+
+    Attention is causal by time step and full inside it: the patches of a frame see the frame's own
+    action and state, and the reverse, and all of the frames before."""
+    with torch.inference_mode(False):       # cached, as rope_table
+        step = torch.arange(past_frames + frames, device=device).repeat_interleave(tokens)
+        return step[past_frames * tokens:, None] >= step[None, :]
 
 
 class Predictor(nn.Module):
@@ -26,45 +36,47 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(dim, n_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
         self.predictor_proj = nn.Linear(dim, encoder_dim)
-        self.activation_checkpointing = False           # recompute each block in the backward pass
 
     def init_weights(self):
         init_weights(self, len(self.predictor_blocks))
 
-    def forward(self, z, actions, states):
+    def forward(self, z, actions, states, kv_cache=None):
         """z [B, T*N, encoder_dim], actions [B, T, 7], states [B, T, 7], any float dtype.
 
         Actions and states as in `droid.pose_deltas`: metres, radians, gripper 0..1. Returns
         [B, T*N, encoder_dim]: for each frame t the latents of frame t+1, not layer-normed, in the
         weights' dtype (autocast's under it).
-        """
-        return self.remember(z, actions, states)[0]
 
-    def remember(self, z, actions, states, memory=None, keep=0):
-        """As `forward`, in parts: -> predictions, the memory of time steps seen so far.
+        kv_cache: a list, empty before the first call; each call appends the keys and values of its
+        T time steps, so that a sequence can be continued without computing its beginning again.
+        Raises ValueError for shapes that do not fit each other."""
+        T, N = actions.shape[1], self.grid ** 2
+        tokens = N_COND + N
+        x = self.embed(z, actions, states).flatten(1, 2)                            # [B, L, P]
 
-        memory: what an earlier call returned; z, actions and states are then one time step that follows (T = 1), and no
-        step is computed twice. keep: time steps to remember, from the very first; 0 for none."""
+        if kv_cache is not None and not kv_cache:
+            kv_cache.extend([] for _ in self.predictor_blocks)
+        past = kv_cache[0][0].shape[2] // tokens if kv_cache and kv_cache[0] else 0     # time steps
+        rope = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device, past)
+        # A single time step sees everything that is there: no mask.
+        mask = causal_mask(T, past, tokens, z.device) if T > 1 else None
+        for block, cache in zip(self.predictor_blocks, kv_cache or repeat(None)):
+            x = block(x, rope, mask, cache)
+
+        patches = x.unflatten(1, (T, tokens))[:, :, N_COND:].flatten(1, 2)          # [B, T*N, P]
+        return self.predictor_proj(self.predictor_norm(patches))
+
+    def embed(self, z, actions, states):
+        """The tokens of each time step, in the order of the paper: action, state, patches.
+
+        Returns [B, T, 2 + N, P]. (The order itself carries no meaning: the positions are in the
+        rotations, and the action and state token differ by their encoders.)"""
         T, N = actions.shape[1], self.grid ** 2
         if z.shape[1] != T * N or states.shape != actions.shape:
             raise ValueError(f"latents {list(z.shape)}, actions {list(actions.shape)}, states "
                              f"{list(states.shape)}: expected {T} x {N} tokens and equal shapes")
-        assert memory is None or T == 1, T
         dtype = self.predictor_norm.weight.dtype
-        conditions = torch.stack([self.action_encoder(actions.to(dtype)), self.state_encoder(states.to(dtype))], dim=2)   # [B, T, 2, P]
-        x = torch.cat([self.predictor_embed(z.to(dtype)), conditions.flatten(1, 2)], dim=1)     # [B, T*N + T*2, P]
-        seen = memory[0][0].shape[2] // (N + N_COND) if memory else 0
-        table = rope_table(self.head_dim, T, self.grid, self.grid, self.grid, N_COND, z.device, seen)
-        fast = has_fast_attention(x, N, self.head_dim)
-        mask = causal_mask(T, N, N_COND, z.device) if T > 1 and not fast else None
-        remembered = []
-        for block, past in zip(self.predictor_blocks, memory or [None] * len(self.predictor_blocks)):
-            arguments = x, table, (T, N), fast, mask, past, keep
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # the reentrant kind would leave adapters without gradients, silently
-                # nothing in a block is random: LoRA's dropout is drawn before
-                x, kept = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, kept = block(*arguments)
-            remembered.append(kept)
-        return self.predictor_proj(self.predictor_norm(x[:, :T * N])), remembered if keep else None
+        action = self.action_encoder(actions.to(dtype)).unsqueeze(2)                # [B, T, 1, P]
+        state = self.state_encoder(states.to(dtype)).unsqueeze(2)                   # [B, T, 1, P]
+        patches = self.predictor_embed(z.to(dtype)).unflatten(1, (T, N))            # [B, T, N, P]
+        return torch.cat([action, state, patches], dim=2)
