@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from small import recipe
 
+import checkpoint
 import config
 import lora
 import model
@@ -34,13 +35,13 @@ def same(a, b):
 
 def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
     """A real signal to this process while `step` is being logged."""
-    log = train.Metrics.log
+    log = checkpoint.Logger.log
 
     def log_and_signal(self, done, **values):
         log(self, done, **values)
         if done == step and "loss" in values:
             os.kill(os.getpid(), number)
-    monkeypatch.setattr(train.Metrics, "log", log_and_signal)
+    monkeypatch.setattr(checkpoint.Logger, "log", log_and_signal)
 
 
 def test_lr_schedules():
@@ -83,7 +84,7 @@ def test_training_drops_what_the_recipe_says(base, tmp_path):
 def test_a_lost_step_is_run_again_and_logged_once(base, tmp_path, monkeypatch):
     """The run dies after step 5, its newest checkpoint is step 4."""
     train.train(recipe(base, tmp_path / "whole", "--save_every=2"))
-    monkeypatch.setattr(train.Metrics, "log", lambda self, done, log=train.Metrics.log, **values: (
+    monkeypatch.setattr(checkpoint.Logger, "log", lambda self, done, log=checkpoint.Logger.log, **values: (
         log(self, done, **values), done == 5 and os.kill(os.getpid(), signal.SIGUSR1)))
     before = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +136,7 @@ def test_overfitting_one_clip_halves_the_loss(base, tmp_path):
 
 def test_rotation_keeps_the_newest_and_the_milestones(base, tmp_path):
     train.train(recipe(base, tmp_path / "run", "--save_every=2", "--keep=1", "--milestones=[1, 2]", "--val_every=0"))
-    assert train.saved_steps(tmp_path / "run") == [1, 2, 6]
+    assert checkpoint.saved_steps(tmp_path / "run") == [1, 2, 6]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl", "step_1", "step_2", "step_6"]
     assert sorted(p.name for p in (tmp_path / "run/step_6").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "state.pt"]
@@ -208,10 +209,10 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(base, tmp_path):
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and last.startswith("train.py: ") and "could not be saved" in last
     assert "newest checkpoint: step 2" in last and "Traceback" not in result.stderr
-    assert train.saved_steps(tmp_path / "run") == [2] and same(adapter(tmp_path / "run/step_2"), before)
+    assert checkpoint.saved_steps(tmp_path / "run") == [2] and same(adapter(tmp_path / "run/step_2"), before)
     assert not list((tmp_path / "run").glob("*.tmp"))
     train.train(recipe(base, tmp_path / "run", "--resume", "--max_steps=4"))
-    assert train.saved_steps(tmp_path / "run") == [2, 4]
+    assert checkpoint.saved_steps(tmp_path / "run") == [2, 4]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(base, tmp_path):
@@ -230,7 +231,7 @@ def test_one_interrupt_saves_and_leaves(base, tmp_path):
             break
     rest = process.stdout.read()
     assert process.wait(60) == 0 and "go on with --resume" in rest
-    assert len(train.saved_steps(tmp_path / "run")) == 1
+    assert len(checkpoint.saved_steps(tmp_path / "run")) == 1
 
 
 def test_logs_go_to_tensorboard_too(base, tmp_path):
