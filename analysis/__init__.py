@@ -1,1 +1,61 @@
+"""Metrics, comparisons and figures of energy landscapes, and planners; no model is needed.
 
+landscapes.npz holds these arrays. C checkpoints, the baseline first; P pairs of context and goal;
+K actions of a grid; M negatives; T frames of a clip, F of them without the goal; H horizons of the
+planners; S pixels. An action [7] is metres, radians and gripper closedness in the robot's base
+frame; an energy is the mean L1 distance between latents.
+
+  the checkpoints
+    checkpoints         [C] text            "baseline", then the ends of the adapters' paths
+    training_steps      [C] int             0 for the baseline, -1 unknown
+    update_norm         [C]                 ||s B A|| / ||W|| over all adapted layers; 0 means that
+                                            the adapter changes nothing
+
+  the pairs
+    episodes            [P] text            the clusters of the bootstrap
+    states              [P, T, 7]           poses of the clip: metres, radians, gripper closedness
+    frames              [P, 2, S, S, 3] u8  context and goal; absent with stored latents
+    true_actions        [P, 7]              leads from context to goal if taken `steps` times
+
+  the landscapes, for each plane such as xy
+    planes              [n] text            the planes
+    actions_xy          [P, K, 7]           the grid
+    energy_xy           [C, P, K]           the landscape
+
+  control: do actions matter?
+    energy_true         [C, P]              energy of the true action
+    energy_zero         [C, P]              of no motion, preferred on unfamiliar images
+    negatives           [P, M, 7]           real actions of other moments
+    energy_negatives    [C, P, M]           is the true action preferred to others as plausible?
+    loss                [C, P]              teacher-forcing loss with the clip's own actions
+    shuffled            [P, T-1, 7]         real actions of other moments
+    loss_shuffled       [C, P]              loss with those: no higher if actions are ignored
+    loss_zero           [C, P]              loss with zero actions: likewise
+
+  control: is the prediction better than none?
+    horizon_l1          [C, P, T-1]         L1 of the model's own prediction k frames ahead
+    horizon_copy        [P, T-1]            L1 of a copy of the context frame: small where little
+                                            moves, so that horizon_l1 alone says little
+
+  control: encoder upper bound, with real frames in place of predictions
+    oracle_actions      [P, F, 7]           change of pose from the context to each frame
+    oracle_energy       [P, F]              L1 between that frame and the goal: what a perfect
+                                            predictor would reach with this encoder
+    oracle_truth        [P, 7]              change of pose from the context to the goal
+
+  control: self-consistency of the baseline
+    null_difference     []                  largest energy difference of the base model to itself
+                                            with adapters of zeros (first pair, first plane);
+                                            changes below it are numerical noise
+
+  the planners cem and gradient, absent if not run
+    cem_moves           [C, P, H, 3]        metres; sum of the planned moves, 1 … H frames ahead
+    cem_energy          [C, P, H]           energy of the plan
+    cem_seconds         [C, P, H]           seconds
+    true_moves          [P, H, 3]           metres; the true displacement over as many frames
+
+  the settings
+    radius              []                  metres; half width of grids and of the planners' box
+    steps, frame_step   []                  the goal lies steps x frame_step recorded frames on
+    device, dtype, base [] text             GPU or CPU, precision, fingerprint of the base model
+"""

@@ -1,33 +1,49 @@
-"""Figures of energy landscapes, for a paper as they are. They read the arrays of landscapes.npz and nothing else.
+"""Figures of energy landscapes, ready for a paper. They read the arrays of landscapes.npz alone.
 
+    result = compare.compare(arrays)
     figures.write(folder, arrays, result)       # all of them, as PNG
     figures.heat_maps(arrays, "xy")             # a matplotlib Figure, for a notebook
 
-One colour scale a figure, over all checkpoints: energies above the lowest one of their own panel, so that depths compare.
-Colour: cividis, which reads the same with colour-blind eyes and in print. Sizes: one column is 3.4 inches, a page 7.
+All checkpoints of a figure share one colour scale: energies above the minimum of their own panel,
+so that depths can be compared.
 """
 import io
+import textwrap
 
 import matplotlib
-import matplotlib.lines
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from analysis import compare
+from analysis.compare import group_title
+from analysis.measures import AXES, COORDINATE_DECIMALS, describe
 from files import write_file
-from analysis.measures import AXES
 
-COLOURS = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]    # Okabe and Ito's, the baseline grey
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is grey.
+COLOURS = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+TRUE_COLOUR = "#D55E00"
+
+# cividis looks the same to colour-blind readers and keeps its order in grey print.
 MAP = "cividis"
-STYLE = {"font.size": 7, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.1,
-         "xtick.major.size": 2.5, "ytick.major.size": 2.5, "legend.frameon": False, "axes.titlesize": 7}
-N_PAIRS = 6         # columns of the heat maps
+
+# Sizes in points, for figures printed at their own width: a column is 3.4 inches, a page 7.
+STYLE = {
+    "font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.1,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5, "ytick.major.size": 2.5, "legend.frameon": False,
+}
+TRUE_MARKER = {"marker": "P", "ms": 6, "mfc": TRUE_COLOUR, "mec": "white", "mew": 0.5}
+MINIMUM_MARKER = {"marker": "o", "ms": 5, "mfc": "none", "mew": 1.1}
+N_PAIRS = 6         # columns of the heat maps, as many as a page holds
+N_BINS = 14         # of distance to the true action
+TITLE_WIDTH = 30    # characters of 7 points in a panel of 1.75 inches
 
 
 def write(folder, arrays, result):
-    """Writes every figure that the arrays allow -> {name: path}."""
+    """Writes every figure that the arrays allow. Returns {name: path}."""
     paths = {}
-    for name, figure in every(arrays, result):
+    for name, figure in all_figures(arrays, result):
         data = io.BytesIO()
         figure.savefig(data, dpi=300, format="png")
         paths[name] = folder / f"{name}.png"
@@ -35,94 +51,124 @@ def write(folder, arrays, result):
     return paths
 
 
-def every(arrays, result):
-    """(name, Figure) of all figures."""
-    planes = [plane for plane in arrays["planes"].tolist() if len(plane) == 2]
+def all_figures(arrays, result):
+    """Yields (name, Figure)."""
+    planes = _two_axis_planes(arrays)
     for plane in planes:
         yield f"landscapes_{plane}", heat_maps(arrays, plane)
     if planes:
         yield f"surface_{planes[0]}", surfaces(arrays, planes[0])
     yield "distance", energy_over_distance(arrays)
-    if sum(checkpoint["training_step"] >= 0 for checkpoint in result["checkpoints"].values()) > 1:
+    known = [c for c in result["checkpoints"].values() if c["training_step"] >= 0]
+    if len(known) > 1:
         yield "over_steps", over_steps(result)
     if arrays["horizon_l1"].shape[2]:
         yield "horizon", horizons(arrays)
 
 
-def _square(arrays, plane, c, p):
-    """(ticks in cm, energies above the lowest one [first axis, second axis]) of one landscape."""
-    axes, n = [AXES.index(axis) for axis in plane], round(arrays[f"actions_{plane}"].shape[1] ** 0.5)
-    ticks = 100 * np.unique(np.round(arrays[f"actions_{plane}"][p][:, axes[0]], 9))
+def _two_axis_planes(arrays):
+    return [plane for plane in arrays["planes"].tolist() if len(plane) == 2]
+
+
+def _landscape(arrays, plane, c, p):
+    """Ticks (cm) and energies above the minimum [first axis, second axis] of one landscape."""
+    first = AXES.index(plane[0])
+    actions = arrays[f"actions_{plane}"][p]                             # [K, 7]
+    ticks = 100 * np.unique(np.round(actions[:, first], COORDINATE_DECIMALS))
+    n = round(len(actions) ** 0.5)
     energy = arrays[f"energy_{plane}"][c, p].reshape(n, n)
     return ticks, energy - energy.min()
 
 
-def _depth(arrays, plane, pairs, share=1.0):
-    """The energy above its panel's lowest one that `share` of all points stay below: where the common scale ends."""
-    energy = arrays[f"energy_{plane}"][:, pairs]
+def _true_position(arrays, plane, p):
+    """The true action of a pair in a plane, in cm: [2]."""
+    return 100 * arrays["true_actions"][p, [AXES.index(axis) for axis in plane]]
+
+
+def _scale_end(arrays, plane, pairs, share=1.0):
+    """The energy above its panel's minimum that `share` of all points stay below; 1 if all panels
+    are flat, for a scale must have a length."""
+    energy = arrays[f"energy_{plane}"][:, pairs]                        # [C, pairs, K]
     return np.nanquantile(energy - energy.min(axis=2, keepdims=True), share) or 1.0
 
 
+def _hide_frame(panel):
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def heat_maps(arrays, plane, pairs=None):
-    """Rows are checkpoints, columns pairs. A cross marks the true action, a ring the minimum; a truth outside the grid
-    is an arrow at the edge that says how far it lies from no move. The highest 5 % of all points share the last colour,
-    lest one steep panel leave the others dark."""
+    """Landscapes as heat maps: rows are checkpoints, columns pairs (the first N_PAIRS by default).
+    A cross marks the true action, a ring the minimum. A true action outside the grid is an arrow at
+    the edge, with its length."""
     names = arrays["checkpoints"].tolist()
-    pairs = list(range(min(N_PAIRS, len(arrays["episodes"])))) if pairs is None else pairs
-    depth, axes = _depth(arrays, plane, pairs, share=0.95), [AXES.index(axis) for axis in plane]
+    if pairs is None:
+        pairs = list(range(min(N_PAIRS, len(arrays["episodes"]))))
+    # the highest 5 % of all points share the last colour, lest one steep panel darken the others
+    scale_end = _scale_end(arrays, plane, pairs, share=0.95)
     R, C = len(names), len(pairs)
-    cell = min(1.4, 6.0 / C)
+    size = min(1.4, 6.0 / C)                                            # inches a panel
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(cell * C + 1.0, cell * R + 0.75), layout="constrained")
+        figure = Figure(figsize=(size * C + 1.0, size * R + 0.75), layout="constrained")
         panels = figure.subplots(R, C, squeeze=False, sharex=True, sharey=True)
-        for c, p in np.ndindex(R, C):
-            panel, (ticks, energy) = panels[c, p], _square(arrays, plane, c, pairs[p])
+        for r, c in np.ndindex(R, C):
+            panel = panels[r, c]
+            ticks, energy = _landscape(arrays, plane, r, pairs[c])
+            # imshow draws cells around points, so the image ends half a spacing beyond the grid
             half = (ticks[1] - ticks[0]) / 2
-            image = panel.imshow(energy.T, cmap=MAP, vmin=0, vmax=depth, origin="lower",
-                                 extent=(ticks[0] - half, ticks[-1] + half) * 2)
+            edges = (ticks[0] - half, ticks[-1] + half)
+            image = panel.imshow(energy.T, cmap=MAP, vmin=0, vmax=scale_end, origin="lower",
+                                 extent=edges * 2)
             lowest = np.unravel_index(energy.argmin(), energy.shape)
-            panel.plot(*ticks[list(lowest)], "o", ms=5, mfc="none", mec="white", mew=1.1, clip_on=False)
-            _mark_truth(panel, 100 * arrays["true_actions"][pairs[p], axes], ticks[-1] + half)
+            panel.plot(*ticks[list(lowest)], **MINIMUM_MARKER, mec="white", clip_on=False)
+            _mark_true_action(panel, _true_position(arrays, plane, pairs[c]), edges[1])
+            if r == 0:
+                panel.set_title(f"pair {pairs[c] + 1}")
             if c == 0:
-                panel.set_title(f"pair {pairs[p] + 1}")
-            if p == 0:
-                panel.set_ylabel(f"{names[c]}\nΔ{plane[1]} (cm)")
-            if c == R - 1:
+                panel.set_ylabel(f"{names[r]}\nΔ{plane[1]} (cm)")
+            if r == R - 1:
                 panel.set_xlabel(f"Δ{plane[0]} (cm)")
-        bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.6 / R), aspect=14, pad=0.01, extend="max")
+        bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.6 / R), aspect=14, pad=0.01,
+                              extend="max")
         bar.set_label("energy above the panel's minimum")
-        handles = [matplotlib.lines.Line2D([], [], ls="", marker="P", mfc="#D55E00", mec="white", mew=0.5, ms=6),
-                   matplotlib.lines.Line2D([], [], ls="", marker="o", mfc="none", mec="0.3", mew=1.1, ms=5)]
-        figure.legend(handles, ["true action (arrow: outside the grid)", "minimum"], loc="outside upper center", ncols=2)
+        handles = [Line2D([], [], ls="", **TRUE_MARKER),
+                   Line2D([], [], ls="", **MINIMUM_MARKER, mec="0.3")]
+        figure.legend(handles, ["true action (arrow: outside the grid)", "minimum"],
+                      loc="outside upper center", ncols=2)
     return figure
 
 
-def _mark_truth(panel, truth, edge):
-    if np.abs(truth).max() <= edge:
-        panel.plot(*truth, "P", ms=6, mfc="#D55E00", mec="white", mew=0.5)
+def _mark_true_action(panel, truth, edge):
+    """truth [2] and edge in cm."""
+    reach = np.abs(truth).max()
+    if reach <= edge:
+        panel.plot(*truth, ls="", **TRUE_MARKER)
         return
-    shrunk = truth * edge / np.abs(truth).max()
-    panel.annotate("", shrunk, 0.72 * shrunk, arrowprops={"arrowstyle": "-|>", "color": "#D55E00", "lw": 1.3})
-    panel.text(*(0.55 * shrunk), f"{np.linalg.norm(truth):.0f} cm", color="#D55E00", ha="center", va="center", fontsize=6,
+    tip = truth * edge / reach
+    panel.annotate("", tip, 0.72 * tip,
+                   arrowprops={"arrowstyle": "-|>", "color": TRUE_COLOUR, "lw": 1.3})
+    panel.text(*(0.55 * tip), f"{np.linalg.norm(truth):.0f} cm", color=TRUE_COLOUR, ha="center",
+               va="center", fontsize=6,
                bbox={"fc": "white", "ec": "none", "pad": 0.8, "alpha": 0.85})
 
 
 def surfaces(arrays, plane, pair=0):
     """One landscape as a surface, a panel a checkpoint, with one scale of height and colour."""
-    names, depth = arrays["checkpoints"].tolist(), _depth(arrays, plane, [pair])
+    names, scale_end = arrays["checkpoints"].tolist(), _scale_end(arrays, plane, [pair])
+    truth = _true_position(arrays, plane, pair)
     with matplotlib.rc_context(STYLE):
+        # constrained layout does not know the extent of 3-D axes
         figure = Figure(figsize=(max(3.4, 2.3 * len(names)), 2.4))
         panels = figure.subplots(1, len(names), squeeze=False, subplot_kw={"projection": "3d"})[0]
         figure.subplots_adjust(left=0.02, right=0.96, bottom=0.08, top=0.86, wspace=0.08)
         for c, panel in enumerate(panels):
-            ticks, energy = _square(arrays, plane, c, pair)
+            ticks, energy = _landscape(arrays, plane, c, pair)
             x, y = np.meshgrid(ticks, ticks, indexing="ij")
-            panel.plot_surface(x, y, energy, cmap=MAP, vmin=0, vmax=depth, rstride=1, cstride=1, linewidth=0.1,
-                               edgecolor="0.3")
-            truth = 100 * arrays["true_actions"][pair, [AXES.index(axis) for axis in plane]]
+            panel.plot_surface(x, y, energy, cmap=MAP, vmin=0, vmax=scale_end, rstride=1,
+                               cstride=1, linewidth=0.1, edgecolor="0.3")
             if np.abs(truth).max() <= ticks[-1]:
-                panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, depth], color="#D55E00", lw=1.5, zorder=10)
-            panel.set(zlim=(0, depth))
+                panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, scale_end], color=TRUE_COLOUR,
+                           lw=1.5, zorder=10)
+            panel.set(zlim=(0, scale_end))
             panel.set_title(names[c], y=0.97)
             panel.set_xlabel(f"Δ{plane[0]} (cm)", labelpad=-6)
             panel.set_ylabel(f"Δ{plane[1]} (cm)", labelpad=-6)
@@ -130,73 +176,106 @@ def surfaces(arrays, plane, pair=0):
             panel.zaxis.set_tick_params(pad=-1)
             panel.view_init(elev=38, azim=-60)
             panel.set_box_aspect(None, zoom=0.95)
-        figure.suptitle(f"pair {pair + 1}: height is the energy above the minimum; the line stands at the true action", fontsize=7)
+        figure.suptitle(f"pair {pair + 1}: height is the energy above the minimum; the line stands "
+                        "at the true action", fontsize=7)
     return figure
 
 
 def energy_over_distance(arrays):
-    """Mean energy above the minimum against the distance to the true action, over all pairs and two-axis planes."""
-    names, planes = arrays["checkpoints"].tolist(), [p for p in arrays["planes"].tolist() if len(p) == 2] or ["xyz"]
-    planes = [plane for plane in planes if plane in arrays["planes"].tolist()]
+    """Mean energy above the minimum against the distance to the true action, over all pairs; a
+    panel for each two-axis plane, or for the space if there is none."""
+    names = arrays["checkpoints"].tolist()
+    planes = _two_axis_planes(arrays) or arrays["planes"].tolist()[:1]
+    P = len(arrays["episodes"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 1.6 * len(planes), 2.3), layout="constrained")
         panels = figure.subplots(1, len(planes), squeeze=False, sharey=True)[0]
         for panel, plane in zip(panels, planes):
-            axes = [AXES.index(axis) for axis in plane]
-            off = 100 * np.linalg.norm(arrays[f"actions_{plane}"][..., axes] - arrays["true_actions"][:, None, axes], axis=-1)
-            edges = np.linspace(0, off.max(), 15)
-            place = np.digitize(off, edges) - 1                                         # [P, K]
             for c, name in enumerate(names):
-                energy = arrays[f"energy_{plane}"][c]
-                above = energy - energy.min(axis=1, keepdims=True)
-                of_pair = np.array([[above[p][place[p] == b].mean() if np.any(place[p] == b) else np.nan for b in range(14)]
-                                    for p in range(len(above))])                        # [P, bins]
-                known = np.sum(~np.isnan(of_pair), axis=0) >= max(1, len(above) // 2)
-                middle = (edges[:-1] + edges[1:])[known] / 2
-                line = np.nanmean(of_pair[:, known], axis=0)
-                panel.plot(middle, line, "o-", ms=2.2, color=COLOURS[c % 6], label=name)
-                if len(above) > 1:
-                    spread = np.nanstd(of_pair[:, known], axis=0)
-                    panel.fill_between(middle, line - spread, line + spread, color=COLOURS[c % 6], alpha=0.13, lw=0)
-            panel.set(title=compare.title(plane), xlim=(0, None), ylim=(0, None))
-            panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel("energy above the minimum" + ("\n(mean and spread over pairs)" if len(above) > 1 else ""))
+                distance, mean, spread = _energy_by_distance(arrays, plane, c)
+                colour = COLOURS[c % len(COLOURS)]
+                panel.plot(distance, mean, "o-", ms=2.2, color=colour, label=name)
+                if P > 1:
+                    panel.fill_between(distance, mean - spread, mean + spread, color=colour,
+                                       alpha=0.13, lw=0)
+            panel.set(title=group_title(plane), xlim=(0, None), ylim=(0, None))
+            _hide_frame(panel)
+        ylabel = "energy above the minimum"
+        if P > 1:
+            ylabel += "\n(mean ± std over pairs)"
+        panels[0].set_ylabel(ylabel)
         figure.supxlabel("distance to the true action (cm)", fontsize=STYLE["font.size"])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
+def _energy_by_distance(arrays, plane, c):
+    """Energy above the minimum by bins of the distance to the true action, for checkpoint c.
+    Returns the middles of the bins (cm), mean and standard deviation over pairs: [bins] each."""
+    axes = [AXES.index(axis) for axis in plane]
+    offsets = arrays[f"actions_{plane}"][..., axes] - arrays["true_actions"][:, None, axes]
+    distance = 100 * np.linalg.norm(offsets, axis=-1)                   # [P, K] cm
+    edges = np.linspace(0, distance.max(), N_BINS + 1)
+    bins = np.digitize(distance, edges) - 1                             # [P, K]
+    energy = arrays[f"energy_{plane}"][c]
+    above = energy - energy.min(axis=1, keepdims=True)                  # [P, K]
+    P = len(above)
+    means = np.full((P, N_BINS), np.nan)
+    for p, b in np.ndindex(P, N_BINS):
+        if np.any(bins[p] == b):
+            means[p, b] = above[p][bins[p] == b].mean()
+    # Only pairs with a distant true action reach the far bins. The mean of fewer than half of the
+    # pairs would show which pairs these are, not how energy grows.
+    known = np.sum(~np.isnan(means), axis=0) >= max(1, P // 2)
+    middles = (edges[:-1] + edges[1:])[known] / 2
+    return middles, np.nanmean(means[:, known], axis=0), np.nanstd(means[:, known], axis=0)
+
+
 def over_steps(result):
-    """Main numbers over training steps with their 95 % intervals; the baseline is step 0."""
-    points = [(c["training_step"], c) for c in result["checkpoints"].values() if c["training_step"] >= 0]
-    points.sort(key=lambda point: point[0])
-    steps, groups = [step for step, _ in points], points[0][1]["numbers"]
-    plane = next((group for group in groups if group in ("xy", "xz", "yz", "xyz")), "model")
-    wanted = [(plane, "argmin_error"), (plane, "rank"), (plane, "spearman"), (plane, "relative_range"),
-              ("cem 1", "error"), ("gradient 1", "error"), ("model", "shuffle_ratio"), ("model", "copy_ratio_1")]
-    shown = [(g, n) for g, n in wanted if n in groups.get(g, {}) and any(c["numbers"][g][n]["mean"] is not None for _, c in points)]
+    """The main metrics over training steps with their 95 % intervals; the baseline is step 0.
+    Checkpoints of unknown step are left out."""
+    checkpoints = [c for c in result["checkpoints"].values() if c["training_step"] >= 0]
+    checkpoints.sort(key=lambda checkpoint: checkpoint["training_step"])
+    steps = [checkpoint["training_step"] for checkpoint in checkpoints]
+    shown = _main_metrics(checkpoints)
     with matplotlib.rc_context(STYLE):
-        columns = min(4, len(shown))
-        rows = -(-len(shown) // columns)
-        figure = Figure(figsize=(1.75 * columns, 1.6 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-        for panel, (group, number) in zip(panels, shown):
-            cells = [c["numbers"][group][number] for _, c in points]
-            mean, low, high = (np.array([np.nan if cell[key] is None else cell[key] for cell in cells]) for key in
-                               ("mean", "low", "high"))
-            panel.errorbar(steps, mean, np.maximum(0, [mean - low, high - mean]), fmt="o-", ms=3, capsize=2, color=COLOURS[1])
-            name, unit, _ = compare.label(number)
-            panel.set_title(f"{compare.title(group)}\n{name}" + (f" ({unit})" if unit else ""))
-            panel.spines[["top", "right"]].set_visible(False)
+        n_columns = min(4, len(shown))
+        n_rows = -(-len(shown) // n_columns)
+        figure = Figure(figsize=(1.75 * n_columns, 1.7 * n_rows), layout="constrained")
+        panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True).ravel()
+        for panel, (group, name) in zip(panels, shown):
+            cells = [checkpoint["numbers"][group][name] for checkpoint in checkpoints]
+            # float turns None, an undefined value or interval, into NaN, which is not drawn
+            mean, low, high = (np.array([cell[key] for cell in cells], float)
+                               for key in ("mean", "low", "high"))
+            # a mean can leave its bootstrap interval by rounding, and matplotlib takes no bar < 0
+            bars = np.maximum(0, [mean - low, high - mean])
+            panel.errorbar(steps, mean, bars, fmt="o-", ms=3, capsize=2, color=COLOURS[1])
+            metric = describe(name)
+            label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+            panel.set_title(f"{group_title(group)}\n{textwrap.fill(label, TITLE_WIDTH)}")
+            _hide_frame(panel)
             panel.margins(x=0.08)
             if len(steps) <= 4:
                 panel.set_xticks(steps)
         for panel in panels[len(shown):]:
             panel.remove()
-        for panel in panels[max(0, len(shown) - columns):len(shown)]:
+        # the lowest panel of each column, which need not be in the last row
+        for panel in panels[max(0, len(shown) - n_columns):len(shown)]:
             panel.set_xlabel("training step")
             panel.tick_params(labelbottom=True)
     return figure
+
+
+def _main_metrics(checkpoints):
+    """(group, metric) of the panels of `over_steps`: those that a checkpoint has a value for."""
+    groups = checkpoints[0]["numbers"]
+    plane = next((group for group in groups if group in ("xy", "xz", "yz", "xyz")), "model")
+    wanted = [(plane, "argmin_error"), (plane, "rank"), (plane, "spearman"),
+              (plane, "relative_range"), ("cem 1", "error"), ("gradient 1", "error"),
+              ("model", "shuffle_ratio"), ("model", "copy_ratio_1")]
+    return [(group, name) for group, name in wanted if name in groups.get(group, {})
+            and any(c["numbers"][group][name]["mean"] is not None for c in checkpoints)]
 
 
 def horizons(arrays):
@@ -206,11 +285,12 @@ def horizons(arrays):
         figure = Figure(figsize=(3.4, 2.2), layout="constrained")
         panel = figure.subplots()
         for c, name in enumerate(arrays["checkpoints"].tolist()):
-            panel.plot(k, arrays["horizon_l1"][c].mean(axis=0), "o-", ms=3, color=COLOURS[c % 6], label=name)
+            panel.plot(k, arrays["horizon_l1"][c].mean(axis=0), "o-", ms=3,
+                       color=COLOURS[c % len(COLOURS)], label=name)
         panel.plot(k, arrays["horizon_copy"].mean(axis=0), "k--", label="copy of the context")
-        every = int(arrays["frame_step"])
-        panel.set(xlabel=f"frames ahead, {every} recorded frame{'s' * (every > 1)} each", ylabel="latent L1",
-                  ylim=(0, None), xticks=k)
-        panel.spines[["top", "right"]].set_visible(False)
+        n = int(arrays["frame_step"])
+        panel.set(xlabel=f"frames ahead, {n} recorded frame{'s' * (n > 1)} each",
+                  ylabel="latent L1", ylim=(0, None), xticks=k)
+        _hide_frame(panel)
         panel.legend()
     return figure

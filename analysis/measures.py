@@ -1,62 +1,162 @@
-"""What energy landscapes say, as numbers. Nothing here needs a model: everything is computed from arrays.
+"""Metrics of energy landscapes. Nothing here needs a model: everything is computed from arrays.
 
-    measures.metrics(actions, energy, true_action)      # one landscape -> dict
-    measures.calibration(inferred, true)                # W*: how the moves of many pairs are turned
-    measures.bootstrap(values, clusters)                # mean and 95 % interval over pairs, episodes drawn whole
+    measures.metrics(actions, energy, true_action)  # one landscape -> dict of floats
+    measures.calibration(inferred, true)            # W*: rotation between minima and true actions
+    measures.cluster_bootstrap(values, clusters)    # mean and 95 % interval over whole episodes
 
-NaN means "undefined": a number that a flat, noisy or constant landscape cannot support is never given a value.
-compare.py puts the numbers of many landscapes together.
+To add a metric, add a line to one of the tables below and compute its value: in `metrics` if it
+belongs to one landscape, else in compare.py (`_plan_metrics`, `_model_metrics`). The text table,
+metrics.csv, comparison.json and the figures take everything else from here.
+
+NaN means "undefined": a flat, noisy or constant landscape gets no value for what it cannot
+determine. compare.py puts the metrics of many landscapes together.
 """
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage, stats
 from scipy.interpolate import RegularGridInterpolator
 from scipy.spatial.transform import Rotation
 
+
 AXES = ("x", "y", "z")
-FLAT = 1e-6             # a range below this share of the mean is rounding, not a landscape
+
+# Energies are float32 means over tokens, exact to about 1e-7 of their value. A range below this
+# share of the mean is rounding, not a landscape.
+FLAT = 1e-6
+
+# Metres. Coordinates that differ by less than a nanometre differ by rounding only.
+COORDINATE_DECIMALS = 9
+TOLERANCE = 1e-9
+
+# 22.5° apart in a plane; eight times as many changed mean shares by 0.015 at most.
+N_RAYS = 16
+
+# Each tail of a 95 % interval holds 50 of 2,000 means. A calibration is a fit of 0.3 ms, not a
+# vectorised mean: 2,000 would take 0.6 s for every plane and checkpoint.
+N_RESAMPLES = 2000
+N_ANGLE_RESAMPLES = 300
 
 
-# Numbers of one landscape
+class Metric(NamedTuple):
+    """How a metric is shown."""
+    label: str                  # in the text table and the figures
+    unit: str                   # "" for a pure number
+    digits: int                 # decimals in the text table
+    in_table: bool = True       # False: only in metrics.csv and comparison.json
+    has_change: bool = True     # False: adapters do not change it, so no change is shown
+
+
+# The order is that of the rows in metrics.csv and in the text table.
+LANDSCAPE_METRICS = {
+    "truth_in_range": Metric("true action in range", "share", 2, has_change=False),
+    "range": Metric("energy range", "", 4, in_table=False),
+    "std": Metric("energy std", "", 4, in_table=False),
+    "relative_range": Metric("energy range / mean", "", 3),
+    "argmin_error": Metric("argmin distance to truth", "cm", 2),
+    "direction_cosine": Metric("direction cosine", "", 2),
+    "length_ratio": Metric("length ratio", "", 2),
+    "rank": Metric("energy percentile of the true action", "%", 1),
+    "top1": Metric("energy percentile below 1 %", "share", 2, in_table=False),
+    "top5": Metric("energy percentile below 5 %", "share", 2, in_table=False),
+    "spearman": Metric("Spearman with distance", "", 2),
+    "curvature_argmin": Metric("curvature at argmin", "1/m²", 2),
+    "condition_argmin": Metric("condition at argmin", "", 1, in_table=False),
+    "curvature_truth": Metric("curvature at truth", "1/m²", 2, in_table=False),
+    "condition_truth": Metric("condition at truth", "", 1, in_table=False),
+    "monotone_rays": Metric("monotone rays", "share", 2),
+    "local_minima": Metric("local minima", "", 1),
+    "basin_width": Metric("basin width", "cm", 1, in_table=False),
+}
+PLAN_METRICS = {
+    "error": Metric("plan distance to truth", "cm", 2),
+    "score": Metric("DROID action score", "", 1),
+    "reachable": Metric("true action in the box", "share", 2, has_change=False),
+    "seconds": Metric("planning time", "s", 2, has_change=False),
+}
+MODEL_METRICS = {
+    "margin": Metric("E(other) − E(true)", "", 4),
+    "info_nce": Metric("InfoNCE", "nats", 2),
+    "shuffle_ratio": Metric("loss ratio, shuffled / true actions", "", 3),
+    "zero_ratio": Metric("loss ratio, zero / true actions", "", 3),
+    # in the files: copy_ratio_1, copy_ratio_2, … one for each number of frames ahead
+    "copy_ratio": Metric("L1 ratio, prediction / copy", "", 3),
+}
+METRICS = LANDSCAPE_METRICS | PLAN_METRICS | MODEL_METRICS
+
+
+def describe(name):
+    """The Metric of a name as it stands in the files, such as "rank" or "copy_ratio_3"."""
+    base, _, frame = name.rpartition("_")
+    if base == "copy_ratio":
+        metric = METRICS[base]
+        return metric._replace(label=f"{metric.label}, frame {frame}")
+    return METRICS[name]
+
+
+# One landscape
 
 def metrics(actions, energy, true_action):
-    """What one landscape says about the true action, over the position axes that the actions sweep.
+    """Metrics of one landscape against the true action, over the position axes that are swept.
 
-    actions [K, 7], energy [K], true_action [7]. Returns a dict of floats; NaN where the landscape cannot say: all of it
-    for a constant one, what needs the truth inside the swept range when it is outside, what needs a regular grid
-    when there is none, a curvature that the points around do not agree on.
+    actions [K, 7] (metres, radians, gripper), energy [K], true_action [7]. Returns a dict of floats
+    with the keys of LANDSCAPE_METRICS:
 
-    argmin_error (cm), direction_cosine, length_ratio: the minimum against the truth.
-    truth_in_range 0/1. rank (%): actions below the one nearest to the truth; top1, top5: rank within 1 or 5 %.
-    spearman: order of the energies against the distance to the truth. range, std, relative_range: depth.
-    curvature_{argmin,truth} (1/m²) and condition_{…}: smallest eigenvalue and condition number of a quadratic fit.
-    monotone_rays: share of 16 rays from the truth on which energy never falls. local_minima: count, the lowest included.
-    basin_width (cm): diameter of a disc (ball) as large as the region around the minimum below half depth."""
+        truth_in_range      1 if the true action lies inside the swept range, else 0
+        range, std          of the energies
+        relative_range      range / mean of the energies
+        argmin_error        cm from the action of lowest energy to the true action
+        direction_cosine    between those two actions
+        length_ratio        length of the action of lowest energy / length of the true action
+        rank                %: actions with less energy than the one nearest to the true action
+        top1, top5          1 if rank is below 1 % or 5 %, else 0
+        spearman            of the energies with the distance to the true action
+        curvature_argmin    smallest eigenvalue of a quadratic fit, 1/m², around the minimum
+        condition_argmin    its condition number
+        curvature_truth, condition_truth    the same around the true action
+        monotone_rays       share of N_RAYS rays from the true action on which energy never falls
+        local_minima        count, the global one included
+        basin_width         cm: diameter of the disc (ball) as large as the region around the
+                            minimum in which energy is below half of the range
+
+    NaN is "undefined": all but the first four for a constant landscape; what needs the true action
+    inside the range when it is outside; what needs a regular grid when the actions are none; a
+    curvature on which the points around do not agree."""
     actions, energy = np.asarray(actions, float), np.asarray(energy, float)
     swept = np.flatnonzero(np.ptp(actions[:, :3], axis=0) > 0)
-    places, truth = actions[:, swept], np.asarray(true_action, float)[swept]            # [K, M], [M]
-    inside = bool(np.all((truth >= places.min(0) - 1e-9) & (truth <= places.max(0) + 1e-9)))
-    out = {"truth_in_range": float(inside), "range": np.ptp(energy), "std": energy.std(),
-           "relative_range": np.ptp(energy) / np.abs(energy).mean()}
-    names = ("argmin_error direction_cosine length_ratio rank top1 top5 spearman curvature_argmin condition_argmin "
-             "curvature_truth condition_truth monotone_rays local_minima basin_width").split()
-    out |= dict.fromkeys(names, np.nan)
+    points = actions[:, swept]                                          # [K, M] metres
+    truth = np.asarray(true_action, float)[swept]                       # [M]
+    low, high = points.min(0) - TOLERANCE, points.max(0) + TOLERANCE
+    inside = bool(np.all((low <= truth) & (truth <= high)))
+
+    out = dict.fromkeys(LANDSCAPE_METRICS, np.nan)
+    out["truth_in_range"] = float(inside)
+    out["range"], out["std"] = np.ptp(energy), energy.std()
+    out["relative_range"] = np.ptp(energy) / np.abs(energy).mean()
+    # argmin of a constant array is its first element, a corner of the grid. It would look like a
+    # measured distance, so a landscape without relief gets NaN instead.
     if not np.isfinite(energy).all() or out["relative_range"] < FLAT:
         return out
-    lowest = places[energy.argmin()]
-    far = np.linalg.norm(places - truth, axis=1)                                        # [K] metres
+
+    lowest = points[energy.argmin()]
+    distance = np.linalg.norm(points - truth, axis=1)                   # [K] metres
     out["argmin_error"] = 100 * np.linalg.norm(lowest - truth)
-    lengths = np.linalg.norm(lowest), np.linalg.norm(truth)
-    if lengths[1] > 0:
-        out["length_ratio"] = lengths[0] / lengths[1]
-        out["direction_cosine"] = lowest @ truth / np.prod(lengths) if lengths[0] > 0 else np.nan
-    out["spearman"] = stats.spearmanr(energy, far).statistic
+    length, true_length = np.linalg.norm(lowest), np.linalg.norm(truth)
+    if true_length > 0:
+        out["length_ratio"] = length / true_length
+    if true_length > 0 and length > 0:
+        out["direction_cosine"] = lowest @ truth / (length * true_length)
+    out["spearman"] = stats.spearmanr(energy, distance).statistic
     if inside:
-        out["rank"] = 100 * np.mean(energy < energy[far.argmin()])
+        # The nearest grid point stands for the true action: the percentile then compares actions
+        # of one grid. Outside the range that point would be on the edge and stand for nothing.
+        out["rank"] = 100 * np.mean(energy < energy[distance.argmin()])
         out["top1"], out["top5"] = float(out["rank"] < 1), float(out["rank"] < 5)
-    cube = _as_grid(places, energy)
-    if cube is None:
+
+    grid = _as_grid(points, energy)
+    if grid is None:
         return out
-    ticks, values = cube
+    ticks, values = grid
     for name, centre in (("argmin", lowest), ("truth", truth)):
         out[f"curvature_{name}"], out[f"condition_{name}"] = curvature(ticks, values, centre)
     out["local_minima"] = _local_minima(values)
@@ -66,27 +166,31 @@ def metrics(actions, energy, true_action):
     return out
 
 
-def _as_grid(places, energy):
-    """([ticks of each axis], energies [n1, n2, …]) if the places are a full regular grid, else None."""
-    ticks = [np.unique(np.round(column, 9)) for column in places.T]
+def _as_grid(points, energy):
+    """([ticks of each axis], energies [n1, n2, …]) if points [K, M] are a full regular grid, else
+    None. Three points an axis are the fewest that have an inside."""
+    columns = [np.round(column, COORDINATE_DECIMALS) for column in points.T]
+    ticks = [np.unique(column) for column in columns]
     shape = tuple(len(t) for t in ticks)
-    if np.prod(shape) != len(places) or min(shape) < 3:
+    if np.prod(shape) != len(points) or min(shape) < 3:
         return None
     values = np.full(shape, np.nan)
-    values[tuple(np.searchsorted(t, np.round(column, 9)) for t, column in zip(ticks, places.T))] = energy
+    values[tuple(np.searchsorted(t, column) for t, column in zip(ticks, columns))] = energy
+    # as many points as cells, but one of them twice: some cell is empty
     return None if np.isnan(values).any() else (ticks, values)
 
 
 def curvature(ticks, values, centre, reach=2):
-    """Smallest eigenvalue (energy per m²) and condition number of a quadratic fitted to the grid points within `reach`
-    spacings of `centre` on each axis. NaN where the window leaves the grid or the fit explains less than half
-    of the variance in it, adjusted for its number of terms: noise has no curvature."""
+    """Smallest eigenvalue (energy per m²) and condition number of a quadratic fitted to the grid
+    points within `reach` spacings of `centre` on each axis. NaN where the window leaves the grid or
+    the fit explains less than half of the variance in it, adjusted for its number of terms: noise
+    has no curvature."""
     nearest = [int(np.abs(t - c).argmin()) for t, c in zip(ticks, centre)]
     if any(i < reach or i + reach >= len(t) for i, t in zip(nearest, ticks)):
         return np.nan, np.nan
     window = tuple(slice(i - reach, i + reach + 1) for i in nearest)
     mesh = np.meshgrid(*[t[w] - t[i] for t, w, i in zip(ticks, window, nearest)], indexing="ij")
-    x = np.stack([m.ravel() for m in mesh], axis=1)                                     # [n, M]
+    x = np.stack([m.ravel() for m in mesh], axis=1)                     # [n, M]
     scale = np.abs(x).max()
     x, y, M = x / scale, values[window].ravel(), x.shape[1]
     pairs = [(i, j) for i in range(M) for j in range(i, M)]
@@ -105,78 +209,137 @@ def curvature(ticks, values, centre, reach=2):
 
 
 def _local_minima(values):
-    """Grid points lower than all their neighbours, diagonals included, or equal to them as a plateau counted once."""
+    """Grid points lower than all their neighbours, diagonals included, or equal to them as a
+    plateau counted once."""
     lowest = values == ndimage.minimum_filter(values, size=3, mode="nearest")
     return float(ndimage.label(lowest, np.ones((3,) * values.ndim))[1])
 
 
 def _basin_width(ticks, values):
+    """Diameter (cm) of the disc, or ball, as large as the connected region around the minimum in
+    which energy is below half of the range."""
     low = values < values.min() + 0.5 * np.ptp(values)
     regions, _ = ndimage.label(low)
-    cells = np.sum(regions == regions[np.unravel_index(values.argmin(), values.shape)])
-    size = cells * np.prod([t[1] - t[0] for t in ticks])                                # m² or m³
-    return 100 * (2 * np.sqrt(size / np.pi) if values.ndim == 2 else 2 * np.cbrt(0.75 * size / np.pi))
+    lowest = np.unravel_index(values.argmin(), values.shape)
+    n_cells = np.sum(regions == regions[lowest])
+    size = n_cells * np.prod([t[1] - t[0] for t in ticks])              # m² or m³
+    if values.ndim == 2:
+        return 100 * 2 * np.sqrt(size / np.pi)
+    return 100 * 2 * np.cbrt(0.75 * size / np.pi)
 
 
-def _monotone_rays(ticks, values, truth, n_rays=16):
-    at = RegularGridInterpolator(ticks, values)
-    if len(ticks) == 2:
-        angles = 2 * np.pi * np.arange(n_rays) / n_rays
-        rays = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    else:                                           # a Fibonacci sphere: even in all directions
-        height = 1 - 2 * (np.arange(n_rays) + 0.5) / n_rays
-        turn = np.pi * (1 + 5 ** 0.5) * np.arange(n_rays)
-        rays = np.stack([np.sqrt(1 - height ** 2) * np.cos(turn), np.sqrt(1 - height ** 2) * np.sin(turn), height], 1)
+def _ray_directions(n_axes):
+    """N_RAYS unit vectors, evenly spread: [N_RAYS, n_axes]."""
+    index = np.arange(N_RAYS)
+    if n_axes == 2:
+        angle = 2 * np.pi * index / N_RAYS
+        return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    # a Fibonacci sphere: equal steps in height, turned by the golden angle, are even in space
+    height = 1 - 2 * (index + 0.5) / N_RAYS
+    angle = np.pi * (1 + 5 ** 0.5) * index
+    radius = np.sqrt(1 - height ** 2)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle), height], axis=1)
+
+
+def _monotone_rays(ticks, values, truth):
+    """Share of rays from the true action to the edge of the grid on which energy never falls; rays
+    of fewer than three points are left out."""
+    interpolate = RegularGridInterpolator(ticks, values)
     low, high = np.array([t[0] for t in ticks]), np.array([t[-1] for t in ticks])
     spacing = min(t[1] - t[0] for t in ticks)
     rising = []
-    for ray in rays:
+    for ray in _ray_directions(len(ticks)):
         with np.errstate(divide="ignore"):
-            reach = np.min(np.where(ray > 0, (high - truth) / ray, np.where(ray < 0, (low - truth) / ray, np.inf)))
-        steps = np.arange(0, reach + 1e-12, spacing)
+            to_low = np.where(ray < 0, (low - truth) / ray, np.inf)
+            length = np.min(np.where(ray > 0, (high - truth) / ray, to_low))
+        steps = np.arange(0, length + 1e-12, spacing)
         if len(steps) >= 3:
-            along = at(np.clip(truth + steps[:, None] * ray, low, high))
-            rising.append(np.all(np.diff(along[1:]) >= 0))      # from one spacing on: the truth lies between points
+            along = interpolate(np.clip(truth + steps[:, None] * ray, low, high))
+            # From one spacing on: the true action lies between grid points, where linear
+            # interpolation cannot have its minimum.
+            rising.append(np.all(np.diff(along[1:]) >= 0))
     return float(np.mean(rising)) if rising else np.nan
 
 
-def calibration(inferred, true):
-    """W*: the linear map that takes the inferred moves to the true ones, by least squares over pairs.
+# Many landscapes
 
-    inferred, true [P, M] metres. Returns angle (degrees; of the rotation nearest to W*, signed about z when M is 2),
-    condition, and error (cm): the mean distance left after applying it. NaN with fewer pairs than M + 1.
+def calibration(inferred, true):
+    """W*: the linear map from inferred to true actions, by least squares over pairs.
+
+    inferred, true [P, M] metres. Returns a dict: angle (degrees, of the rotation nearest to W*,
+    signed about z when M is 2), condition (number of W*) and error (cm, the mean distance that is
+    left after applying W*). All NaN with fewer than M + 1 pairs or where the inferred actions do
+    not span M axes.
     A camera turned by an angle turns the landscape by it (arXiv:2506.09985, appendix)."""
     inferred, true = np.asarray(inferred, float), np.asarray(true, float)
     P, M = inferred.shape
-    nothing = dict.fromkeys(("angle", "condition", "error"), np.nan)
+    undefined = dict.fromkeys(("angle", "condition", "error"), np.nan)
+    # M pairs fit M axes exactly, whatever they are
     if P < M + 1 or np.linalg.matrix_rank(inferred) < M:
-        return nothing
-    W, *_ = np.linalg.lstsq(inferred, true, rcond=None)                                 # true ≈ inferred @ W
+        return undefined
+    W, *_ = np.linalg.lstsq(inferred, true, rcond=None)                 # true ≈ inferred @ W
     U, S, V = np.linalg.svd(W)
-    turn = U @ np.diag([1.0] * (M - 1) + [np.sign(np.linalg.det(U @ V))]) @ V           # nearest proper rotation
     if S[-1] == 0:
-        return nothing
-    angle = (np.arctan2(turn[0, 1], turn[0, 0]) if M == 2 else Rotation.from_matrix(turn.T).magnitude())
+        return undefined
+    # Nearest proper rotation (Kabsch): the sign keeps a reflection from being taken for one.
+    sign = np.sign(np.linalg.det(U @ V))
+    rotation = U @ np.diag([1.0] * (M - 1) + [sign]) @ V
+    # W acts on rows (x @ W), so the usual matrix, which acts on columns, is its transpose. In
+    # space a rotation vector's length is the angle; it has no sign, for it has its own axis.
+    if M == 2:
+        angle = np.arctan2(rotation[0, 1], rotation[0, 0])
+    else:
+        angle = Rotation.from_matrix(rotation.T).magnitude()
     error = np.linalg.norm(inferred @ W - true, axis=1).mean()
     return {"angle": np.rad2deg(angle), "condition": S[0] / S[-1], "error": 100 * error}
 
 
+def calibration_with_interval(inferred, true, clusters):
+    """`calibration`, and the angle's 95 % interval by cluster bootstrap as angle_low, angle_high.
+
+    clusters [P]: the episode of each pair. The interval is NaN with fewer than two episodes; so is
+    the angle if the interval is wider than half a turn: the minima then have no common rotation."""
+    fit = calibration(inferred, true)
+    offsets = []
+    for drawn in cluster_resamples(clusters, N_ANGLE_RESAMPLES):
+        angle = calibration(inferred[drawn], true[drawn])["angle"]
+        # relative to the angle itself, so that an angle near 180° does not jump to -180°
+        offsets.append((angle - fit["angle"] + 180) % 360 - 180)
+    offsets = np.array(offsets)
+    defined = offsets[np.isfinite(offsets)]
+    low = high = np.nan
+    # of fewer than half, an interval would describe those resamples that happen to have an angle
+    if len(defined) > N_ANGLE_RESAMPLES / 2:
+        low, high = np.quantile(defined, [0.025, 0.975])
+    if high - low > 180:
+        fit["angle"] = np.nan
+    return fit | {"angle_low": fit["angle"] + low, "angle_high": fit["angle"] + high}
+
+
 def contrast(energy_true, energy_others):
-    """The true action against negatives: energy_true [], energy_others [M]. margin: mean of E(other) - E(true);
-    info_nce: -log softmax of the true one at temperature std(energies); chance is log(M + 1)."""
+    """The true action against negatives: energy_true [], energy_others [M] -> dict.
+
+    margin: mean of E(other) − E(true). info_nce: −log softmax of the true action at temperature
+    std(energies), whose value at chance is log(M + 1). NaN without negatives or relief."""
     others = np.asarray(energy_others, float)
-    every = np.append(others, energy_true)
-    if len(others) == 0 or np.ptp(every) <= FLAT * np.abs(every).mean():
+    energies = np.append(others, energy_true)
+    if len(others) == 0 or np.ptp(energies) <= FLAT * np.abs(energies).mean():
         return {"margin": np.nan, "info_nce": np.nan}
-    logits = -every / every.std()
+    # Divided by the spread: energies have no scale of their own, and deep and shallow landscapes
+    # of the same order should get the same value.
+    logits = -energies / energies.std()
     return {"margin": float(np.mean(others - energy_true)),
             "info_nce": float(np.log(np.sum(np.exp(logits - logits[-1]))))}
 
 
-def bootstrap(values, clusters, n=2000, seed=0):
-    """Mean and its 95 % interval, whole clusters (episodes) drawn with replacement.
+# Intervals. Pairs of one episode share its scene and its motion: drawn one by one as if they were
+# independent, they would give intervals that are too narrow. Whole episodes are drawn instead.
 
-    values [P], NaNs left out; clusters [P]. Returns (mean, low, high); the interval is NaN with fewer than two clusters."""
+def cluster_bootstrap(values, clusters, n=N_RESAMPLES, seed=0):
+    """Mean and its 95 % interval by cluster bootstrap: whole clusters drawn with replacement.
+
+    values [P], NaNs left out; clusters [P], the episode of each value. Returns (mean, low, high);
+    the interval is NaN with fewer than two clusters, all three without values."""
     values, clusters = np.asarray(values, float), np.asarray(clusters)
     known = ~np.isnan(values)
     if not known.any():
@@ -191,15 +354,14 @@ def bootstrap(values, clusters, n=2000, seed=0):
     return values[known].mean(), low, high
 
 
-def resampled(statistic, clusters, n=2000, seed=0):
-    """95 % interval of statistic(index of the pairs drawn), whole clusters (episodes) drawn with replacement.
-
-    clusters [P]. Returns (low, high); NaN with fewer than two clusters."""
+def cluster_resamples(clusters, n=N_RESAMPLES, seed=0):
+    """Yields n resamples, each the indices of the members of as many clusters as there are, drawn
+    with replacement. clusters [P]. Yields nothing with fewer than two clusters."""
     names, index = np.unique(clusters, return_inverse=True)
     if len(names) < 2:
-        return np.nan, np.nan
-    members, random = [np.flatnonzero(index == i) for i in range(len(names))], np.random.default_rng(seed)
-    drawn = [statistic(np.concatenate([members[i] for i in random.integers(len(names), size=len(names))]))
-             for _ in range(n)]
-    known = np.array(drawn)[np.isfinite(drawn)]
-    return tuple(np.quantile(known, [0.025, 0.975])) if len(known) > n / 2 else (np.nan, np.nan)
+        return
+    members = [np.flatnonzero(index == i) for i in range(len(names))]
+    random = np.random.default_rng(seed)
+    for _ in range(n):
+        drawn = random.integers(len(names), size=len(names))
+        yield np.concatenate([members[i] for i in drawn])

@@ -82,7 +82,7 @@ def test_several_steps_carry_state_and_latents_forward(franka):
 
 def test_both_planners_run_on_the_pair(franka):
     world, h, states = franka
-    energy_of = lambda a: energy.rollout(world, h[:1], states[:1], h[1], a)     # noqa: E731
+    energy_of = lambda a: energy.sequence_energy(world, h[:1], states[:1], h[1], a)     # noqa: E731
     still = energy_of(torch.zeros(1, 1, 7)).item()
     assert cem(energy_of, samples=24, iterations=2, elites=4).energy < still
     assert gradient_plan(energy_of, starts=2, iterations=4).energy < still
@@ -95,7 +95,7 @@ def test_the_gradient_through_several_steps_is_that_of_finite_differences():
     world = model.WorldModel(encoder, predictor)
     h, states = model.layer_norm(torch.randn(2, 16, 52, generator=torch.Generator().manual_seed(0))), np.array([[0.3, 0, 0, 0, 0, 0, 0]])
     actions = torch.tensor([[[0.02, -0.03, 0.01, 0, 0, 0, 0], [-0.01, 0.02, 0.03, 0, 0, 0, 0], [0.01, 0.01, -0.02, 0, 0, 0, 0]]])
-    energy_of = lambda a: energy.rollout(world, h[:1], states, h[1], a)         # noqa: E731
+    energy_of = lambda a: energy.sequence_energy(world, h[:1], states, h[1], a)         # noqa: E731
     actions.requires_grad_(True)
     slope, = torch.autograd.grad(energy_of(actions).sum(), actions)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def adapter(folder, rank=4, B=0.0, base=None):
     predictor.base_fingerprint = base
     lora.inject(predictor, rank=rank)
     torch.manual_seed(1)
-    for layer in lora._adapted(predictor).values():
+    for layer in lora.adapted_layers(predictor).values():
         torch.nn.init.normal_(layer.lora_B, std=B) if B else None
     lora.save(folder, predictor)
     return folder
@@ -180,7 +180,7 @@ def test_the_arrays_are_what_the_model_says(analysed, base):
     assert arrays["oracle_actions"][3, 2, :3] == pytest.approx((states[3] - states[0])[:3].numpy(), abs=1e-6)
     assert arrays["true_moves"][3, 1] == pytest.approx((states[2] - states[0])[:3].numpy(), abs=1e-6)
     for n in (1, 2):                                                                            # the planner's goal is frame n
-        plan = cem(lambda a: energy.rollout(world, h[:1], states[:1], h[n], a), n, 20, 2, 4, box=0.1)       # noqa: B023
+        plan = cem(lambda a: energy.sequence_energy(world, h[:1], states[:1], h[n], a), n, 20, 2, 4, box=0.1)       # noqa: B023
         assert plan.actions[:, :3].sum(0) == pytest.approx(arrays["cem_moves"][2, 3, n - 1], abs=1e-5)
     own_moves = {tuple(np.round(a, 5)) for a in pose_deltas(states.numpy())[:2]}
     assert not own_moves & {tuple(np.round(a, 5)) for a in arrays["negatives"][3]}              # others' moves only
