@@ -1,9 +1,10 @@
-"""The recipe: dataclasses with defaults, a YAML file over them, the command line over that.
+"""The configuration: dataclasses with defaults, overridden by YAML files and the command line.
 
     cfg = config.load(["config.yaml", "--max_steps=10", "--lora.rank=8", "--resume"])
 
-Strict: an unknown key, a wrong type or a contradiction raises ValueError with one line that names the key
-and the cure. `""` and `0` mean off. config.yaml says what each key means and in which unit.
+Parsing is strict: an unknown key, a wrong type or a contradiction raises ValueError with one line
+that names the key and the cure. `""` and `0` mean off. config.yaml says what each key means, and
+its unit.
 """
 import difflib
 import re
@@ -114,31 +115,39 @@ class Config:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
 
 
-# What --debug sets before the rest of the command line: every part of a run, in minutes.
+# What --debug sets: three small steps that still validate and save, so that every part of a run is
+# executed within minutes. The rest of the command line overrides it.
 DEBUG = dict(max_steps=3, batch_size=1, grad_accum=2, warmup_steps=1, decay_steps=1, log_every=1,
              val_every=3, val_batches=1, save_every=3)
 
 CHOICES = {
-    "schedule": ("cosine", "wsd"), "optimizer": ("adamw8bit", "adamw"),
-    "precision": ("bf16", "fp16", "fp32"), "data.crop": ("center", "droid", "none"),
+    "schedule": ("cosine", "wsd"),
+    "optimizer": ("adamw8bit", "adamw"),
+    "precision": ("bf16", "fp16", "fp32"),
+    "data.crop": ("center", "droid", "none"),
     "energy.others": ("zero", "truth"),
 }
 PLANES = ("xy", "xz", "yz", "xyz")
+PLANNERS = ("cem", "gradient")
 AT_LEAST = {
-    "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0, "lr": 0, "min_lr": 0,
-    "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0, "log_every": 1,
-    "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1, "gcs_minutes": 0, "memory": 0, "lora.rank": 1,
+    "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0,
+    "lr": 0, "min_lr": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0,
+    "memory": 0, "log_every": 1, "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1,
+    "gcs_minutes": 0, "lora.rank": 1, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
-    "data.shuffle_buffer": 1, "data.max_bad_episodes": 0, "lora.dropout": 0,
-    "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1, "energy.radius": 1e-3,
-    "energy.grid": 5, "energy.horizon": 1, "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
+    "data.shuffle_buffer": 1, "data.max_bad_episodes": 0,
+    "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
+    "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
+    "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
 }
 
 
 def load(args):
-    """args: paths of YAML files and `--section.key=value`, left to right, the last word wins.
+    """Returns the checked Config of `args`, a list of command-line arguments.
 
-    A bare `--key` means true; dashes and underscores in keys are the same. Returns a checked Config."""
+    args: paths of YAML files and `--section.key=value`. Files are read first, then the keys; later
+    ones override earlier ones. A bare `--key` means true; dashes and underscores in keys are the
+    same. Raises ValueError as `validate`, and for unknown keys, wrong types and bad YAML."""
     cfg = Config()
     files = [arg for arg in args if not arg.startswith("--")]
     overrides = [arg for arg in args if arg.startswith("--")]
@@ -150,8 +159,9 @@ def load(args):
     if (["debug"], True) in overrides:
         _update(cfg, DEBUG, "--debug")
     for keys, value in overrides:
-        for part in reversed(keys):
-            value = {part: value}
+        # a.b=1 becomes {"a": {"b": 1}}, so that files and the command line take the same checks
+        for key in reversed(keys):
+            value = {key: value}
         _update(cfg, value, "command line")
     if cfg.debug:
         cfg.out_dir += f"/debug-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -160,12 +170,14 @@ def load(args):
 
 
 def _override(arg):
+    """--section.key=value -> (["section", "key"], value)."""
     key, equals, text = arg.removeprefix("--").partition("=")
     value = _parse(text, arg) if equals else True
     return key.replace("-", "_").split("."), "" if value is None else value
 
 
 def _parse(text, where):
+    """The value of YAML text. `where` names its file or argument in the error."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -173,6 +185,7 @@ def _parse(text, where):
 
 
 def _update(cfg, values, where, section=""):
+    """Sets the fields of the dataclass `cfg` from a dict, which may hold dicts for its sections."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {section or 'it '}expects `key: value` lines, got {values!r}")
     known = [f.name for f in fields(cfg)]
@@ -186,84 +199,108 @@ def _update(cfg, values, where, section=""):
         if is_dataclass(old):
             _update(old, new, where, f"{name}.")
         else:
-            setattr(cfg, key, _typed(getattr(type(cfg), key), new, where, name))     # the default's type: old may be empty
+            # the default tells the type: the present value may be an empty list
+            default = getattr(type(cfg), key)
+            setattr(cfg, key, _typed(default, new, where, name))
 
 
 def _typed(default, new, where, name):
-    """`new` as the type of `default`; only changes of notation are forgiven."""
+    """Returns `new` in the type of `default`; only differences of notation are accepted."""
     wanted = type(default)
     if wanted is float and type(new) in (int, str):
+        # YAML 1.1 reads 1e-4 (without a dot) as a string
         with suppress(ValueError):
-            return float(new)               # YAML 1.1 reads 1e-4 as a string
+            return float(new)
     if wanted is tuple and type(new) is list:
         item = type(default[0])
         if all(type(x) is item for x in new):
             return tuple(new)
         raise ValueError(f"{where}: {name} expects a list of {item.__name__}, got {new!r}")
+    # a path or a name may look like a number: --out_dir=2026
     if wanted is str and type(new) in (int, float):
-        return str(new)                     # --out_dir=2026
+        return str(new)
     if name == "model.size" and type(new) in (str, dict):
         return new
     if type(new) is not wanted:
-        wants = {"tuple": "a list, [a, b]", "bool": "true or false"}.get(wanted.__name__, wanted.__name__)
+        wants = {tuple: "a list, [a, b]", bool: "true or false"}.get(wanted, wanted.__name__)
         raise ValueError(f"{where}: {name} expects {wants}, got {new!r}; write --{name}=VALUE")
     return new
 
 
 def validate(cfg):
     """Raises ValueError for values out of range and for keys that contradict each other."""
-    def get(name):
-        value = cfg
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
-
     for name, choices in CHOICES.items():
-        if get(name) not in choices:
-            raise ValueError(f"{name} is {get(name)!r}; choose from {', '.join(choices)}")
+        if _get(cfg, name) not in choices:
+            raise ValueError(f"{name} is {_get(cfg, name)!r}; choose from {', '.join(choices)}")
     for name, least in AT_LEAST.items():
-        if not get(name) >= least:
-            raise ValueError(f"{name} is {get(name)}; it must be at least {least}")
-    if not re.fullmatch(r"|cpu|cuda(:\d+)?", cfg.device):
-        raise ValueError(f"device is {cfg.device!r}; write --device=cpu, --device=cuda or --device=cuda:1")
-    if cfg.rollout >= cfg.data.clip_frames:
-        raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and data.clip_frames is "
-                         f"{cfg.data.clip_frames}; set --rollout={cfg.data.clip_frames - 1} or less")
-    if cfg.lora.dropout >= 1 or cfg.data.val_fraction > 1:
-        raise ValueError("lora.dropout must be below 1, and data.val_fraction 1 (all episodes are for validation) or less")
-    if not cfg.lora.targets:
-        raise ValueError("lora.targets is empty: nothing would be trained; name layers such as attn.qkv")
-    if cfg.val_every and not cfg.data.val_fraction:
-        raise ValueError("val_every needs validation episodes and data.val_fraction is 0; set one of the two")
-    if cfg.lr < cfg.min_lr:
-        raise ValueError(f"min_lr {cfg.min_lr} is above lr {cfg.lr}")
-    if cfg.schedule == "wsd" and cfg.decay_steps > cfg.max_steps:
-        raise ValueError(f"decay_steps {cfg.decay_steps} is above max_steps {cfg.max_steps}")
-    for plane in cfg.energy.planes:
-        if plane not in PLANES:
-            raise ValueError(f"energy.planes has {plane!r}; choose from {', '.join(PLANES)}")
-    for planner in cfg.energy.planners:
-        if planner not in ("cem", "gradient"):
-            raise ValueError(f"energy.planners has {planner!r}; choose from cem, gradient")
-    if cfg.energy.cem_elites > cfg.energy.cem_samples:
-        raise ValueError(f"energy.cem_elites {cfg.energy.cem_elites} is above cem_samples {cfg.energy.cem_samples}")
+        # not (a >= b) rather than a < b, so that nan is refused too
+        if not _get(cfg, name) >= least:
+            raise ValueError(f"{name} is {_get(cfg, name)}; it must be at least {least}")
+    _validate_training(cfg)
+    _validate_energy(cfg.energy)
     if cfg.out_dir.startswith("gs://"):
         raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
     if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):
         raise ValueError(f"gcs_dir {cfg.gcs_dir!r} must start with gs://")
 
 
+def _get(cfg, name):
+    """The value of a dotted name such as data.crop."""
+    for key in name.split("."):
+        cfg = getattr(cfg, key)
+    return cfg
+
+
+def _validate_training(cfg):
+    if not re.fullmatch(r"|cpu|cuda(:\d+)?", cfg.device):
+        raise ValueError(f"device is {cfg.device!r}; "
+                         "write --device=cpu, --device=cuda or --device=cuda:1")
+    frames = cfg.data.clip_frames
+    if cfg.rollout >= frames:
+        raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and "
+                         f"data.clip_frames is {frames}; set --rollout={frames - 1} or less")
+    if cfg.lora.dropout >= 1:
+        raise ValueError(f"lora.dropout is {cfg.lora.dropout}; it must be below 1")
+    if not cfg.lora.targets:
+        raise ValueError("lora.targets is empty: nothing would be trained; "
+                         "name layers such as attn.qkv")
+    if cfg.data.val_fraction > 1:
+        raise ValueError(f"data.val_fraction is {cfg.data.val_fraction}; "
+                         "it must be at most 1 (all episodes are for validation)")
+    if cfg.val_every and not cfg.data.val_fraction:
+        raise ValueError("val_every needs validation episodes and data.val_fraction is 0; "
+                         "set one of the two")
+    if cfg.lr < cfg.min_lr:
+        raise ValueError(f"min_lr {cfg.min_lr} is above lr {cfg.lr}; lower it or raise lr")
+    if cfg.schedule == "wsd" and cfg.decay_steps > cfg.max_steps:
+        raise ValueError(f"decay_steps {cfg.decay_steps} is above max_steps {cfg.max_steps}; "
+                         "lower it or raise max_steps")
+
+
+def _validate_energy(energy):
+    for plane in energy.planes:
+        if plane not in PLANES:
+            raise ValueError(f"energy.planes has {plane!r}; choose from {', '.join(PLANES)}")
+    for planner in energy.planners:
+        if planner not in PLANNERS:
+            raise ValueError(f"energy.planners has {planner!r}; choose from {', '.join(PLANNERS)}")
+    if energy.cem_elites > energy.cem_samples:
+        raise ValueError(f"energy.cem_elites {energy.cem_elites} is above energy.cem_samples "
+                         f"{energy.cem_samples}; lower it or raise cem_samples")
+
+
 def save(cfg, path):
-    """Writes the resolved recipe as YAML; `load([path])` gives it back."""
+    """Writes the resolved config as YAML; `load([path])` returns an equal one."""
     write_file(path, dump(cfg).encode())
 
 
 def dump(cfg):
-    """The resolved recipe as YAML text."""
-    return yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False)
+    """The resolved config as YAML text."""
+    return yaml.safe_dump(_tuples_to_lists(asdict(cfg)), sort_keys=False)
 
 
-def _plain(value):
+def _tuples_to_lists(value):
+    # YAML has lists only; PyYAML would tag tuples as Python objects, which safe_load refuses
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {key: _tuples_to_lists(v) for key, v in value.items()}
     return list(value) if isinstance(value, tuple) else value

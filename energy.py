@@ -1,22 +1,25 @@
 """Energy landscapes of a world model: how far each action's predicted outcome is from a goal image.
 
-    python energy.py config.yaml --adapters=runs/droid/step_5000,runs/droid/step_20000      # and the baseline, always
-    python energy.py --from=runs/droid/energy/landscapes.npz        # numbers and figures again, without a model
+    python energy.py config.yaml --adapters=runs/droid/step_5000,runs/droid/step_20000
+    python energy.py --from=runs/droid/energy/landscapes.npz        # metrics and figures again
 
-Writes into out_dir/energy: landscapes.npz (every energy, as `analyse` says), metrics.csv, comparison.json and figures.
+The baseline is always computed too. Writes into out_dir/energy: landscapes.npz (every energy;
+analysis/__init__.py lists the arrays), metrics.csv, comparison.json and figures.
 
-    energies = energy.landscape(world, h[:1], states[:1], h[1], actions)    # [K], L1 on layer-normed latents
-    numbers = energy.metrics(actions, energies, true_action)                # what one landscape says, as a dict
-    plan = energy.cem(lambda a: energy.rollout(world, h[:1], states[:1], h[1], a))
+    energies = energy.landscape(world, h[:1], states[:1], h[1], actions)    # [K]
+    numbers = energy.metrics(actions, energies, true_action)                # a dict
+    plan = energy.cem(lambda a: energy.sequence_energy(world, h[:1], states[:1], h[1], a))
 
-Energy of an action: mean |LN(P(z, a, s)) - z_goal| over the last frame's tokens (arXiv:2506.09985, section 4). Several
-steps repeat the action and carry state and latents forward. Actions are metres, radians and gripper closedness in the
-robot's base frame, as in droid.py. A number that a landscape cannot support is NaN, which reads "undefined".
+Energy of an action: mean |LN(P(z, a, s)) - z_goal| over the last frame's tokens (arXiv:2506.09985,
+section 4). Several steps repeat the action and carry state and latents forward. Actions are metres,
+radians and gripper closedness in the robot's base frame, as in droid.py. Metrics that a landscape
+cannot determine are NaN, shown as "undefined".
 """
 import re
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -26,67 +29,87 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from analysis import compare
 import config
-import files
 import droid
-from analysis import figures
-import latents
 import lora
 import model
-import speed
-from episodes.poses import apply_action, pose_deltas
+from analysis import compare, figures
 from analysis.measures import AXES, metrics  # noqa: F401
-from analysis.planners import cem, gradient_plan
+from analysis.planners import GRADIENT_ITERATIONS, GRADIENT_STARTS, cem, gradient_plan
+from episodes.poses import apply_action, pose_deltas
+from episodes.stored import check_store
+from files import write_npz
 
-N_NEGATIVES = 32            # real actions of other moments that each true action is held against
-BYTES_PER_TOKEN = 120_000   # activations of one token in ViT-g's predictor without gradients, measured with room to spare
+
+N_NEGATIVES = 32            # real actions of other moments that each true action is compared with
+# Activations of one token in ViT-g's predictor without gradients, measured with room to spare.
+BYTES_PER_TOKEN = 120_000
+TOKENS_PER_FRAME = 258      # of ViT-g's predictor: 256 patches, action, state
 
 
 # Energies
 
-def rollout(world, h_context, states, h_goal, actions, chunk=64):
+def sequence_energy(world, h_context, states, h_goal, actions, chunk=64):
     """Energy of each sequence of actions.
 
-    h_context [T, N, D] latents of the frames so far, states [T, 7] their poses, h_goal [N, D], actions [K, H, 7].
-    Returns [K] float32 on the latents' device, with gradient if the actions carry one. `chunk` sequences at a time."""
+    h_context [T, N, D] latents of the frames so far, states [T, 7] their poses, h_goal [N, D],
+    actions [K, H, 7]. Returns [K] float32 on the latents' device, with gradient if the actions
+    carry one. `chunk` sequences are computed at a time."""
     device, T = h_context.device, len(h_context)
     states = torch.as_tensor(states, dtype=torch.float32).cpu()
-    past = torch.from_numpy(pose_deltas(states.numpy())).float() if T > 1 else torch.zeros(0, 7)
-    energies = []
+    # The actions that led from each context frame to the next.
+    past_actions = torch.zeros(0, 7)
+    if T > 1:
+        past_actions = torch.from_numpy(pose_deltas(states.numpy())).float()
+    # Copied once, not for each chunk: a copy waits for the GPU.
+    actions, states, past_actions = (x.to(device) for x in (actions, states, past_actions))
     K, H, _ = actions.shape
-    actions, states, past = actions.to(device), states.to(device), past.to(device)      # here: each copy waits for the GPU
-    if K > chunk:                       # all batches of one size: compiled once, and a place in the list changes nothing
+    if K > chunk:
+        # Full chunks only: one shape to compile, and an action's place in the list is irrelevant.
         actions = torch.cat([actions, actions[-1:].expand(-K % chunk, -1, -1)])
-    for own in actions.split(chunk):                                                # [k, H, 7]
-        k = len(own)
-        h = h_context.expand(k, -1, -1, -1)                                         # [k, T, N, D]
-        s = states.expand(k, -1, -1)                                                # [k, T, 7]
-        a = torch.cat([past.expand(k, -1, -1), own[:, :1]], dim=1)                  # [k, T, 7]
-        z, memory = world.remember(h, a, s, keep=T if H > 1 else 0)
+    energies = []
+    for a in actions.split(chunk):                                              # [k, H, 7]
+        k = len(a)
+        h = h_context.expand(k, -1, -1, -1)                                     # [k, T, N, D]
+        context_actions = torch.cat([past_actions.expand(k, -1, -1), a[:, :1]], dim=1)  # [k, T, 7]
+        s = states.expand(k, -1, -1)                                            # [k, T, 7]
+        kv_cache = [] if H > 1 else None
+        z = world.predict(h, context_actions, s, kv_cache)[:, -1:]              # [k, 1, N, D]
         for step in range(1, H):
-            s = torch.from_numpy(apply_action(s[:, -1].detach().cpu().numpy(), own[:, step - 1].detach().cpu().numpy())).float().to(device)
-            moved = own[:, :step, :3].sum(dim=1)
-            s = (s + F.pad(moved - moved.detach(), (0, 4)))[:, None]                # [k, 1, 7]; its gradient: xyz adds up
-            z, memory = world.remember(model.layer_norm(z[:, -1:]), own[:, step:step + 1], s, memory,
-                                       keep=T + step if step + 1 < H else 0)
-        energies.append(world.error(z[:, -1], h_goal))
+            s = _next_state(s[:, -1], a[:, :step])                              # [k, 1, 7]
+            z = world.predict(z, a[:, step:step + 1], s, kv_cache)              # [k, 1, N, D]
+        energies.append(world.distance(z[:, 0], h_goal))
     return torch.cat(energies)[:K]
+
+
+def _next_state(state, actions):
+    """The pose after the last of `actions` [k, n, 7], from the pose [k, 7] before it: [k, 1, 7].
+
+    Poses are composed in NumPy, which has no gradient. In xyz a pose is the first one plus all
+    moves, so the gradient for a planner is that of their sum, added with a value of zero; how the
+    pose depends on rotations is left out: planners search moves only."""
+    after = apply_action(state.detach().cpu().numpy(), actions[:, -1].detach().cpu().numpy())
+    moved = actions[:, :, :3].sum(dim=1)
+    zero_with_gradient = F.pad(moved - moved.detach(), (0, 4))
+    return (torch.from_numpy(after).float().to(state.device) + zero_with_gradient)[:, None]
 
 
 @torch.no_grad()
 def landscape(world, h_context, states, h_goal, actions, steps=1, chunk=64):
-    """Energy of each action, taken `steps` times: as `rollout`, with actions [K, 7]. Returns [K]."""
-    actions = torch.as_tensor(actions, dtype=torch.float32)
-    return rollout(world, h_context, states, h_goal, actions[:, None].expand(-1, steps, -1), chunk)
+    """Energy of each action, taken `steps` times: as `sequence_energy`, with actions [K, 7].
+    Returns [K]."""
+    actions = torch.as_tensor(actions, dtype=torch.float32)[:, None].expand(-1, steps, -1)
+    return sequence_energy(world, h_context, states, h_goal, actions, chunk)
 
 
 def grid(axes, radius, points, others=None):
-    """Actions on a regular grid around zero: [points ** len(axes), 7] float32, the first axis slowest.
+    """Actions on a regular grid around zero: [points ** len(axes), 7] float32, first axis slowest.
 
-    axes: of "xyz", such as "xy"; radius in metres; others [7]: values of the axes that are not swept (default 0)."""
+    axes: of "xyz", such as "xy"; radius in metres; others [7]: values of the axes that are not
+    swept (default 0)."""
     ticks = np.linspace(-radius, radius, points)
-    actions = np.tile(np.zeros(7) if others is None else np.asarray(others, float), (points ** len(axes), 1))
+    others = np.zeros(7) if others is None else np.asarray(others, float)
+    actions = np.tile(others, (points ** len(axes), 1))
     mesh = np.meshgrid(*[ticks] * len(axes), indexing="ij")
     for axis, values in zip(axes, mesh):
         actions[:, AXES.index(axis)] = values.ravel()
@@ -96,51 +119,71 @@ def grid(axes, radius, points, others=None):
 # The analysis
 
 def read_clips(cfg):
-    """Validation clips whose first frame is a context and whose frame energy.steps is its goal: P dicts with frames
-    [3, T, S, S] uint8 or h [T, N, D], states, actions [T, 7], episode. At most energy.per_episode of an episode, evenly over its length."""
+    """Validation clips whose first frame is a context and whose frame energy.steps is its goal.
+
+    Returns P dicts with frames [3, T, S, S] uint8 or h [T, N, D], states, actions [T, 7], episode.
+    At most energy.per_episode of an episode, evenly over its length. Raises ValueError if there is
+    none, with the reason."""
     e = cfg.energy
-    ahead = max(e.steps, e.horizon if e.planners else 1)
-    if cfg.data.clip_frames <= ahead:
-        raise ValueError(f"data.clip_frames {cfg.data.clip_frames} is too few: energy.steps and energy.horizon look {ahead} "
-                         f"frames ahead; set --data.clip_frames={ahead + 1} or more")
+    horizon = max(e.steps, e.horizon if e.planners else 1)
+    if cfg.data.clip_frames <= horizon:
+        raise ValueError(f"data.clip_frames {cfg.data.clip_frames} is too few: energy.steps and "
+                         f"energy.horizon look {horizon} frames ahead; set "
+                         f"--data.clip_frames={horizon + 1} or more")
     if not cfg.data.val_fraction:
-        raise ValueError("data.val_fraction is 0: there is no episode to measure on; --data.val_fraction=1 takes all")
+        raise ValueError("data.val_fraction is 0: there is no episode to measure on; "
+                         "--data.val_fraction=1 takes all")
     loader = droid.create_dataloader(cfg, "val", shuffle=False)
     chosen, n_still, n_episodes = [], 0, 0
     for _, clips in groupby(loader.clips(), key=lambda clip: clip["episode"]):
         clips = list(clips)
-        moving = [c for c in clips if (c["states"][e.steps, :3] - c["states"][0, :3]).norm() >= e.min_move]
+        moving = [clip for clip in clips if _moved(clip["states"], e.steps) >= e.min_move]
         n_still += len(clips) - len(moving)
         n_episodes += bool(moving)
-        every = np.linspace(0, len(moving) - 1, min(e.per_episode, len(moving))).round().astype(int)
-        chosen += [moving[i] for i in every]
+        evenly = np.linspace(0, len(moving) - 1, min(e.per_episode, len(moving)))
+        chosen += [moving[i] for i in evenly.round().astype(int)]
         if len(chosen) >= e.pairs:
             break
+    if not chosen and n_still:
+        raise ValueError(f"{cfg.data.path}: in none of {n_still} clips the gripper moves "
+                         f"{100 * e.min_move:g} cm between context and goal; lower "
+                         "--energy.min_move or raise --data.frame_step")
     if not chosen:
-        if n_still:
-            raise ValueError(f"{cfg.data.path}: in none of {n_still} clips the gripper moves {100 * e.min_move:g} cm between "
-                             "context and goal; lower --energy.min_move or raise --data.frame_step")
-        raise loader.nothing()
-    say(f"{min(len(chosen), e.pairs)} pairs of {n_episodes} episodes"
-        + (f" (energy.pairs asks for {e.pairs}; --energy.per_episode takes more of each)" if len(chosen) < e.pairs else "")
-        + f"; left out: {n_still} clips that move less than {100 * e.min_move:g} cm; {loader.report()}")
+        raise loader.no_clips_error()
+    few = ""
+    if len(chosen) < e.pairs:
+        few = f" (energy.pairs asks for {e.pairs}; --energy.per_episode takes more of each)"
+    tqdm.write(f"{min(len(chosen), e.pairs)} pairs of {n_episodes} episodes{few}; left out: "
+               f"{n_still} clips that move less than {100 * e.min_move:g} cm; {loader.report()}")
     return chosen[:e.pairs]
 
 
+def _moved(states, steps):
+    """Metres from the first pose to pose `steps`."""
+    return (states[steps, :3] - states[0, :3]).norm()
+
+
 def true_action(states, steps):
-    """The action that, taken `steps` times, leads from the first pose to pose `steps`. states [T, 7] -> [7] float64."""
+    """The action that, taken `steps` times, leads from the first pose to pose `steps`.
+
+    states [T, 7] -> [7] float64. Raises ValueError as `pose_deltas`."""
     action = pose_deltas(np.asarray(states)[[0, steps]])[0] / steps
-    turn = Rotation.from_euler("xyz", steps * action[3:6]).as_rotvec() / steps
-    action[3:6] = Rotation.from_rotvec(turn).as_euler("xyz")
+    # A rotation is divided along its axis: as a rotation vector. Euler angles do not add up.
+    rotation = Rotation.from_euler("xyz", steps * action[3:6])
+    action[3:6] = Rotation.from_rotvec(rotation.as_rotvec() / steps).as_euler("xyz")
     return action
 
 
 def choose_adapter(predictor, adapter, lora_config):
-    """Puts an adapter folder, or for "baseline" one that changes nothing, into the predictor in place of any other.
-    Returns the size of the update against the weights, ||s B A|| / ||W|| over all adapted layers."""
+    """Puts an adapter folder, or for "baseline" one that changes nothing, into the predictor in
+    place of any other. Returns ||s B A|| / ||W||, the size of the update.
+
+    The baseline carries an adapter of zeros so that all checkpoints go through the same arithmetic:
+    differences between them come from the adapters alone."""
     lora.remove(predictor)
     if adapter == "baseline":
-        lora.inject(predictor, lora_config.rank, lora_config.alpha, 0.0, lora_config.targets, lora_config.rslora)
+        c = lora_config
+        lora.inject(predictor, c.rank, c.alpha, 0.0, c.targets, c.rslora)
     else:
         lora.load(predictor, adapter)
     predictor.requires_grad_(False).eval()
@@ -150,57 +193,61 @@ def choose_adapter(predictor, adapter, lora_config):
 def analyse(cfg, adapters, path):
     """Landscapes, plans and controls of the baseline and of each adapter folder, on the same pairs.
 
-    Writes `path` (.npz) after each checkpoint and returns its arrays. C checkpoints, P pairs, K actions, T frames a clip:
-    checkpoints, training_steps [C] (-1: unknown), update_norm [C]; episodes [P], frames [P, 2, S, S, 3] context and goal, unless from latents;
-    true_actions [P, 7]; for each of planes: actions_xy [P, K, 7], energy_xy [C, P, K]; energy_true, energy_zero [C, P];
-    negatives [P, M, 7], energy_negatives [C, P, M]: real actions of other moments;
-    loss, loss_shuffled, loss_zero [C, P]: teacher forcing with the clip's actions, with others, with none;
-    horizon_l1 [C, P, T-1], horizon_copy [P, T-1]: L1 of the model's own prediction k frames on, and of copying frame 0;
-    oracle_actions [P, F, 7], oracle_energy [P, F], oracle_truth [P, 7]: real frames of the clip instead of predictions;
-    cem_moves, gradient_moves [C, P, H, 3] (m, the whole way), …_energy, …_seconds [C, P, H], true_moves [P, H, 3];
-    null_difference: the largest |energy| difference of the base model to itself with adapters of zeros; first pair, first plane.
-    Raises ValueError for an adapter that does not fit, before anything is computed."""
-    e, path = cfg.energy, Path(path)
+    Saves the arrays to `path` after each checkpoint and returns them; analysis/__init__.py lists
+    them. Raises ValueError for an adapter that does not fit, before anything is computed."""
+    path = Path(path)
     device = model.resolve_device(cfg.device)
-    cfg = speed.limit(cfg, device)
+    if cfg.memory:
+        from fast import memory
+        cfg = memory.cap_gpu_memory(cfg, device)
     precision = model.resolve_precision(cfg.precision, device)
     torch.manual_seed(cfg.seed)
-    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision], device,
-                                    encoder=not cfg.data.latents)
+    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[precision],
+                                    device, encoder=not cfg.data.latents)
     if cfg.data.latents:
-        latents.check(cfg, predictor.encoder_fingerprint)
+        check_store(cfg, predictor.encoder_fingerprint)
     world = model.WorldModel(encoder, predictor)
-    say(f"{model.device_name(device)}, {precision}; base {cfg.model.checkpoint} ({world.base_fingerprint})")
-    names, adapters = names_of(adapters), ["baseline", *(a for a in adapters if a != "baseline")]
+    tqdm.write(f"{model.device_name(device)}, {precision}; base {cfg.model.checkpoint} "
+               f"({world.base_fingerprint})")
+    names = names_of(adapters)
+    adapters = ["baseline", *(adapter for adapter in adapters if adapter != "baseline")]
     norms = [choose_adapter(predictor, adapter, cfg.lora) for adapter in adapters]
     for name, norm in zip(names, norms):
-        say(f"  {name}: update / weights {norm:.2e}"
-            + (" WARNING: B is zero in all its layers, this is the baseline" if norm == 0 and name != "baseline" else ""))
+        warning = ""
+        if norm == 0 and name != "baseline":
+            warning = " WARNING: B is zero in all its layers, this is the baseline"
+        tqdm.write(f"  {name}: update / weights {norm:.2e}{warning}")
     if device.type == "cpu" and sum(p.numel() for p in world.parameters()) > 1e8:
-        say("no GPU: an action takes seconds at this size; --energy.pairs=1 --energy.grid=7 --energy.planners=[] is a start")
+        tqdm.write("no GPU: an action takes seconds at this size; --energy.pairs=1 "
+                   "--energy.grid=7 --energy.planners=[] is a start")
+
+    # Everything that depends on the pairs alone; then the encoder's memory is free again.
     clips = read_clips(cfg)
-    h = [clip["h"].to(device).float() if "h" in clip else world.encode(clip["frames"][None].to(device))[0]
-         for clip in clips]                                                                 # P x [T, N, D]
-    world.encoder = encoder = None                                                          # its memory is free again
-    arrays = _what_all_share(cfg, clips, h) | {
-        "device": np.array(model.device_name(device)), "dtype": np.array(precision), "base": np.array(world.base_fingerprint)}
+    h = [clip["h"].to(device).float() if "h" in clip
+         else world.encode(clip["frames"][None].to(device))[0] for clip in clips]   # P x [T, N, D]
+    world.encoder = encoder = None
+    arrays = _pair_arrays(cfg, clips, h)
+    arrays |= {"device": np.array(model.device_name(device)), "dtype": np.array(precision),
+               "base": np.array(world.base_fingerprint)}
     chunk = chunk_size(cfg, device)
-    if speed.compiles(cfg, device):
-        speed.compile_world(world)
-    per_pair = _evaluations(cfg, arrays)
-    hidden = False if "ipykernel" in sys.modules else None          # None: hidden without a terminal, but not in a notebook
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True, smoothing=0.05, disable=hidden)
     lora.remove(predictor)
-    plane = e.planes[0]
-    plain = landscape(world, h[0][:1], clips[0]["states"][:1], h[0][e.steps], arrays[f"actions_{plane}"][0], e.steps, chunk)
+    if model.can_accelerate(cfg, device):
+        import fast
+        fast.accelerate(world, cfg)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    per_pair = _evaluations(cfg, arrays)
+    # None: hidden without a terminal, but a notebook has none and shows it all the same.
+    bar = tqdm(total=per_pair * len(clips) * len(names), unit="action", unit_scale=True,
+               smoothing=0.05, disable=False if "ipykernel" in sys.modules else None)
+    without_adapter = _first_landscape(world, cfg, arrays, clips, h, chunk)
     found = []
-    for name, adapter, norm in zip(names, adapters, norms):
+    for name, adapter in zip(names, adapters):
         choose_adapter(predictor, adapter, cfg.lora)
         if name == "baseline":
-            again = landscape(world, h[0][:1], clips[0]["states"][:1], h[0][e.steps], arrays[f"actions_{plane}"][0],
-                              e.steps, chunk)
-            arrays["null_difference"] = np.array((plain - again).abs().max().item())
+            again = _first_landscape(world, cfg, arrays, clips, h, chunk)
+            difference = (without_adapter - again).abs().max().item()
+            arrays["null_difference"] = np.array(difference)
         bar.set_description(name)
         pairs = []
         for p, clip in enumerate(clips):
@@ -211,9 +258,16 @@ def analyse(cfg, adapters, path):
         done = len(found)
         arrays |= {"checkpoints": np.array(names[:done]), "update_norm": np.array(norms[:done]),
                    "training_steps": np.array([_training_step(n) for n in names[:done]])}
-        files.write_npz(path, **arrays)
+        write_npz(path, **arrays)
     bar.close()
     return arrays
+
+
+def _first_landscape(world, cfg, arrays, clips, h, chunk):
+    """Energies of the first pair's first plane: computed twice, they must be equal in every bit."""
+    actions = arrays[f"actions_{cfg.energy.planes[0]}"][0]
+    return landscape(world, h[0][:1], clips[0]["states"][:1], h[0][cfg.energy.steps], actions,
+                     cfg.energy.steps, chunk)
 
 
 def names_of(adapters):
@@ -233,102 +287,137 @@ def _training_step(name):
     return int(found[1]) if found else 0 if name == "baseline" else -1
 
 
-def _what_all_share(cfg, clips, h):
-    """The arrays that depend on the pairs alone."""
+def _pair_arrays(cfg, clips, h):
+    """The arrays that depend on the pairs alone, not on a checkpoint."""
     e, P, steps = cfg.energy, len(clips), cfg.energy.steps
     random = np.random.default_rng(cfg.seed)
-    states = np.stack([clip["states"].numpy() for clip in clips]).astype(float)            # [P, T, 7]
-    truth = np.stack([true_action(s, steps) for s in states])                               # [P, 7]
-    actions = np.stack([pose_deltas(s) for s in states])                                    # [P, T-1, 7]
+    states = np.stack([clip["states"].numpy() for clip in clips]).astype(float)     # [P, T, 7]
+    truth = np.stack([true_action(s, steps) for s in states])                       # [P, 7]
+    actions = np.stack([pose_deltas(s) for s in states])                            # [P, T-1, 7]
     T = states.shape[1]
-    pools = [np.concatenate([np.delete(actions, p, axis=0).reshape(-1, 7), actions[p, steps:]]) for p in range(P)]
+
+    # Real actions of other moments: those of other pairs, and the pair's own after the goal.
+    pools = [np.concatenate([np.delete(actions, p, axis=0).reshape(-1, 7), actions[p, steps:]])
+             for p in range(P)]
     n_negatives = min(N_NEGATIVES, min(map(len, pools)))
-    others = [i for i in range(1, T) if i != steps]
+    negatives = [pool[random.choice(len(pool), n_negatives, False)] for pool in pools]
+    shuffled = [pool[random.integers(len(pool), size=T - 1)] if len(pool)
+                else np.full((T - 1, 7), np.nan) for pool in pools]
+
+    # Energies between real frames: what a perfect predictor could reach with this encoder. The
+    # goal itself is left out: its energy would be zero.
+    others = [i for i in range(T) if i != steps]
+    real_actions = [[pose_deltas(s[[0, i]])[0] if i else np.zeros(7) for i in others]
+                    for s in states]
+    real_energy = [_mean_l1(x[others], x[steps]) for x in h]
+
     arrays = {
         "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
-        "radius": np.array(e.radius), "steps": np.array(steps), "frame_step": np.array(cfg.data.frame_step),
-        "true_actions": truth, "states": states,
-        "negatives": np.stack([pool[random.choice(len(pool), n_negatives, False)] for pool in pools]),
-        "shuffled": np.stack([pool[random.integers(len(pool), size=T - 1)] if len(pool) else np.full((T - 1, 7), np.nan)
-                              for pool in pools]),
-        "horizon_copy": np.stack([(x[1:] - x[:1]).abs().mean(dim=(1, 2)).cpu().numpy() for x in h]),
-        "oracle_actions": np.stack([[pose_deltas(s[[0, i]])[0] for i in [0, *others]] if T > 1 else [] for s in states]),
-        "oracle_energy": np.stack([(x[[0, *others]] - x[steps]).abs().mean(dim=(1, 2)).cpu().numpy() for x in h]),
+        "radius": np.array(e.radius), "steps": np.array(steps),
+        "frame_step": np.array(cfg.data.frame_step), "true_actions": truth, "states": states,
+        "negatives": np.stack(negatives), "shuffled": np.stack(shuffled),
+        "horizon_copy": np.stack([_mean_l1(x[1:], x[:1]) for x in h]),
+        "oracle_actions": np.stack(real_actions), "oracle_energy": np.stack(real_energy),
         "oracle_truth": np.stack([pose_deltas(s[[0, steps]])[0] for s in states])}
     if "frames" in clips[0]:
-        arrays["frames"] = np.stack([clip["frames"][:, [0, steps]].permute(1, 2, 3, 0).numpy() for clip in clips])
+        arrays["frames"] = np.stack([clip["frames"][:, [0, steps]].permute(1, 2, 3, 0).numpy()
+                                     for clip in clips])
     for plane in e.planes:
-        arrays[f"actions_{plane}"] = np.stack([grid(plane, e.radius, e.grid, t if e.others == "truth" else None)
-                                               for t in truth])
+        arrays[f"actions_{plane}"] = np.stack(
+            [grid(plane, e.radius, e.grid, t if e.others == "truth" else None) for t in truth])
     if e.planners:
-        arrays["true_moves"] = states[:, 1:e.horizon + 1, :3] - states[:, :1, :3]           # [P, H, 3]
+        arrays["true_moves"] = states[:, 1:e.horizon + 1, :3] - states[:, :1, :3]   # [P, H, 3]
     return arrays
 
 
+def _mean_l1(z, h):
+    """Mean L1 of each frame, z [n, N, D] against h [N, D] or [1, N, D]: [n] in NumPy."""
+    return (z - h).abs().mean(dim=(1, 2)).cpu().numpy()
+
+
 def _evaluations(cfg, arrays):
-    """How many actions are evaluated per pair and checkpoint; a gradient step counts three."""
+    """How many actions are evaluated per pair and checkpoint, for the progress bar; a step of the
+    gradient planner counts three (forward and backward)."""
     e = cfg.energy
-    n = e.steps * (sum(arrays[f"actions_{plane}"].shape[1] for plane in e.planes) + arrays["negatives"].shape[1] + 2)
+    in_planes = sum(arrays[f"actions_{plane}"].shape[1] for plane in e.planes)
+    n = e.steps * (in_planes + arrays["negatives"].shape[1] + 2)        # 2: the true one and zero
     for h in range(1, e.horizon + 1):
-        n += h * e.cem_samples * e.cem_iterations * ("cem" in e.planners) + 3 * h * 8 * 61 * ("gradient" in e.planners)
+        if "cem" in e.planners:
+            n += h * e.cem_samples * e.cem_iterations
+        if "gradient" in e.planners:
+            n += 3 * h * GRADIENT_STARTS * (GRADIENT_ITERATIONS + 1)
     return n
 
 
 def _one_pair(world, cfg, arrays, p, clip, h, chunk):
-    """The arrays of one checkpoint and one pair, as in `analyse` without [C, P]."""
+    """The arrays of one checkpoint and one pair: those that have [C, P, …] in landscapes.npz."""
     e, device, states = cfg.energy, h.device, clip["states"]
     planes = [arrays[f"actions_{plane}"][p] for plane in e.planes]
     single = [arrays["true_actions"][p][None], np.zeros((1, 7)), arrays["negatives"][p]]
-    sizes = [len(part) for part in planes + single]
-    energies = landscape(world, h[:1], states[:1], h[e.steps], np.concatenate(planes + single), e.steps, chunk)
-    parts = [part.cpu().numpy() for part in energies.split(sizes)]
+    energies = landscape(world, h[:1], states[:1], h[e.steps], np.concatenate(planes + single),
+                         e.steps, chunk)
+    parts = [part.cpu().numpy() for part in energies.split([len(x) for x in planes + single])]
     out = {f"energy_{plane}": part for plane, part in zip(e.planes, parts)}
     out |= {"energy_true": parts[-3][0], "energy_zero": parts[-2][0], "energy_negatives": parts[-1]}
 
     def energy_of(goal):
-        return lambda actions: rollout(world, h[:1], states[:1], goal, actions, chunk)
+        return lambda actions: sequence_energy(world, h[:1], states[:1], goal, actions, chunk)
 
     if "cem" in e.planners:
-        out |= _plans("cem", e, h, lambda goal, n: cem(energy_of(goal), n, e.cem_samples, e.cem_iterations, e.cem_elites,
-                                                       e.radius, cfg.seed, device))
-    with speed.eager():
+        plans = [cem(energy_of(h[n]), n, e.cem_samples, e.cem_iterations, e.cem_elites, e.radius,
+                     cfg.seed, device) for n in range(1, e.horizon + 1)]
+        out |= _plan_arrays("cem", plans)
+    with uncompiled(world):
         if "gradient" in e.planners:
-            out |= _plans("gradient", e, h, lambda goal, n: gradient_plan(energy_of(goal), n, box=e.radius, seed=cfg.seed,
-                                                                          device=device))
-        out |= _with_wrong_actions(world, h, clip, arrays["shuffled"][p])
+            plans = [gradient_plan(energy_of(h[n]), n, GRADIENT_STARTS, GRADIENT_ITERATIONS,
+                                   box=e.radius, seed=cfg.seed, device=device)
+                     for n in range(1, e.horizon + 1)]
+            out |= _plan_arrays("gradient", plans)
+        out |= _losses_and_horizon(world, h, clip, arrays["shuffled"][p])
     return out
 
 
-def _plans(planner, e, h, plan):
-    plans = [plan(h[n], n) for n in range(1, e.horizon + 1)]
-    return {f"{planner}_moves": np.stack([one.actions[:, :3].sum(0) for one in plans]),
-            f"{planner}_energy": np.array([one.energy for one in plans]),
-            f"{planner}_seconds": np.array([one.seconds for one in plans])}
+def uncompiled(world):
+    """A context in which compiled parts of the world, if it has any, run eagerly: for what is done
+    too seldom, or in too many shapes, to be worth compiling."""
+    return world.uncompiled() if hasattr(world, "uncompiled") else nullcontext()
+
+
+def _plan_arrays(planner, plans):
+    return {f"{planner}_moves": np.stack([plan.actions[:, :3].sum(0) for plan in plans]),
+            f"{planner}_energy": np.array([plan.energy for plan in plans]),
+            f"{planner}_seconds": np.array([plan.seconds for plan in plans])}
 
 
 @torch.no_grad()
-def _with_wrong_actions(world, h, clip, shuffled):
-    """Losses with the clip's own actions, with others and with none; L1 of the model's own predictions by horizon."""
-    states, actions = clip["states"].to(h.device)[None], clip["actions"].to(h.device)[None]         # [1, T, 7]
+def _losses_and_horizon(world, h, clip, shuffled):
+    """Losses with the clip's own actions, with others and with none: they differ if the model uses
+    actions. And the L1 of the model's own predictions by horizon."""
+    states, actions = clip["states"].to(h.device)[None], clip["actions"].to(h.device)[None]
     shuffled = F.pad(torch.from_numpy(shuffled).float(), (0, 0, 0, 1)).to(h.device)[None]
-    out = {name: world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
-           for name, a in (("loss", actions), ("loss_shuffled", shuffled), ("loss_zero", torch.zeros_like(actions)))}
-    own, memory = [h[None, :1]], None
+    out = {}
+    for name, a in (("loss", actions), ("loss_shuffled", shuffled),
+                    ("loss_zero", torch.zeros_like(actions))):                      # [1, T, 7]
+        out[name] = world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
+    z, predicted, kv_cache = h[None, :1], [], []
     for n in range(len(h) - 1):
-        z, memory = world.remember(own[-1], actions[:, n:n + 1], states[:, n:n + 1], memory, keep=n + 1)
-        own.append(model.layer_norm(z))
-    return out | {"horizon_l1": (torch.cat(own[1:], dim=1)[0] - h[1:]).abs().mean(dim=(1, 2)).cpu().numpy()}
+        z = world.predict(z, actions[:, n:n + 1], states[:, n:n + 1], kv_cache)     # [1, 1, N, D]
+        predicted.append(z[0, 0])
+    out["horizon_l1"] = _mean_l1(torch.stack(predicted), h[1:])
+    return out
 
-
-# Speed and memory
 
 def chunk_size(cfg, device):
-    """Action sequences a batch: 200, or a divisor of it that half of the free memory holds (batches are filled up to one size)."""
+    """Action sequences a batch: 200, or the largest divisor of it whose activations half of the
+    free memory holds."""
     if device.type != "cuda":
         return 64
     e = cfg.energy
     steps = max(e.steps, e.horizon if e.planners else 1)
-    fits = 0.5 * speed.free(cfg, device) / (258 * steps * BYTES_PER_TOKEN)
+    free = torch.cuda.mem_get_info(device)[0]
+    if cfg.memory:
+        free = min(free, cfg.memory * 2 ** 30 - torch.cuda.memory_allocated(device))
+    fits = 0.5 * free / (TOKENS_PER_FRAME * steps * BYTES_PER_TOKEN)
     return max(n for n in (200, 100, 50, 25, 10, 5, 2, 1) if n <= max(1, fits))
 
 
@@ -340,17 +429,14 @@ def load(path):
         with np.load(path) as arrays:
             return {key: arrays[key] for key in arrays}
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; energy.py config.yaml --adapters=… writes it") from None
+        raise ValueError(f"{path}: no such file; energy.py config.yaml --adapters=… writes it"
+                         ) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path}: not a whole .npz file ({error}); compute it again") from None
 
 
-def say(text):
-    tqdm.write(text)
-
-
 def report(arrays, folder):
-    """Numbers and figures of the arrays, written into `folder` -> the comparison, as in comparison.json."""
+    """Writes metrics and figures of the arrays into `folder` -> the content of comparison.json."""
     result = compare.write(folder, arrays)
     figures.write(folder, arrays, result)
     return result
@@ -360,19 +446,25 @@ def main(args):
     if not args or args[0] in ("-h", "--help"):
         print(__doc__)
         return
-    own = {key: text for key, _, text in (arg.partition("=") for arg in args) if key in ("--adapters", "--from")}
-    args = [arg for arg in args if arg.partition("=")[0] not in own]
+    options = {}
+    for arg in list(args):
+        key, _, value = arg.partition("=")
+        if key in ("--adapters", "--from"):
+            options[key] = value
+            args = [other for other in args if other != arg]
     started = time.monotonic()
     try:
-        if "--from" in own:
-            folder = Path(own["--from"]).parent
-            arrays = load(own["--from"])
+        if "--from" in options:
+            folder = Path(options["--from"]).parent
+            arrays = load(options["--from"])
         else:
             cfg = config.load(args)
             folder = Path(cfg.out_dir) / "energy"
-            arrays = analyse(cfg, [a for a in own.get("--adapters", "").split(",") if a], folder / "landscapes.npz")
+            adapters = [name for name in options.get("--adapters", "").split(",") if name]
+            arrays = analyse(cfg, adapters, folder / "landscapes.npz")
         print(compare.table(report(arrays, folder)))
-        print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; {time.monotonic() - started:.0f} s")
+        print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; "
+              f"{time.monotonic() - started:.0f} s")
     except (ValueError, OSError) as error:
         sys.exit(f"energy.py: {error}")
 

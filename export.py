@@ -1,15 +1,24 @@
-"""Weights to carry. Every command reads back what it wrote and compares; keys of config.yaml may follow.
+"""Export weights, and a package for Colab. Every command reads back and compares what it wrote.
 
-    python export.py slim vjepa2-ac-vitg.pt vjepa2-ac-vitg.safetensors --dtype=bf16     # encoder + predictor: 11.8 -> 2.6 GB
-    python export.py baseline config.yaml runs/droid/step_0     # step 0 as an adapter: B = 0
-    python export.py adapter runs/droid/step_5000 adapter       # a PEFT folder without the training state
-    python export.py merge config.yaml runs/droid/step_5000 merged.pt       # one model, fp32, in the released layout
-    python export.py package runs/droid --steps=0,5000,20000 --trajectories=16          # checkpoints_for_colab.zip
-    python export.py verify checkpoints_for_colab.zip           # or the folder into which it was unpacked
+    # encoder + predictor checkpoint (bf16) from the released file: 2.6 instead of 11.8 GB
+    python export.py slim vjepa2-ac-vitg.pt vjepa2-ac-vitg.safetensors --dtype=bf16
+    # the base model as an adapter of step 0: B = 0
+    python export.py baseline config.yaml runs/droid/step_0
+    # an adapter folder for PEFT, without the training state
+    python export.py adapter runs/droid/step_5000 adapter
+    # base and adapter as one model, fp32, in the layout of the released file
+    python export.py merge config.yaml runs/droid/step_5000 merged.pt
+    # checkpoints_for_colab.zip
+    python export.py package runs/droid --steps=0,5000,20000 --trajectories=16
+    # the package is complete and unchanged; also takes the folder into which it was unpacked
+    python export.py verify checkpoints_for_colab.zip
 
-The package holds adapters, trajectories from validation episodes, the resolved config, the sources and colab.ipynb;
-manifest.json has the SHA-256 of each file and the base's fingerprint. The base weights are not in it.
+Keys of config.yaml may follow: --model.size=tiny. The package holds adapters, trajectories from
+validation episodes, the resolved config, colab.ipynb and the sources that it imports;
+manifest.json has the SHA-256 of each file and the fingerprint of the base weights. The base weights
+themselves are not in it.
 """
+import ast
 import hashlib
 import io
 import json
@@ -17,7 +26,7 @@ import os
 import sys
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,189 +34,271 @@ import numpy as np
 import torch
 
 import config
+import energy
 import files
 import lora
 import model
 
-SOURCES = ("clips.py", "colab.ipynb", "compare.py", "config.py", "droid.py", "energy.py", "export.py", "figures.py", "folded.py",
-           "lora.py", "measures.py", "latents.py", "model.py", "plan.py", "speed.py", "LICENSE", "vjepa2_src/__init__.py",
-           "vjepa2_src/attention.py", "vjepa2_src/blocks.py", "vjepa2_src/encoder.py", "vjepa2_src/kernels.py", "vjepa2_src/predictor.py")
-PACKAGE = "checkpoints_for_colab.zip"
 
+PACKAGE = "checkpoints_for_colab.zip"
+PROJECT = Path(__file__).resolve().parent
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+N_PATHS = {"slim": 2, "baseline": 2, "adapter": 2, "merge": 3, "package": 1, "verify": 1}
+
+
+# Weights. Each command returns the line that is printed.
 
 def slim(source, target, size, dtype):
-    """Encoder and predictor of `source` as .safetensors in `dtype`, under the fingerprint of `source`."""
+    """Writes encoder and predictor of the checkpoint `source` as .safetensors in `dtype`.
+
+    The new file carries the fingerprints of `source`, so that adapters and stored latents of
+    either file fit the other. One tensor at a time is in memory. Raises ValueError for another
+    ending of `target` and for what is no checkpoint, OSError if the disk is full."""
     if not str(target).endswith(".safetensors"):
-        raise ValueError(f"{target}: a slim file is named ….safetensors")
-    with model.open_checkpoint(source, size) as (names, read, marks):
-        def write(path):
-            _write_safetensors(path, names, lambda name: read(name).to(dtype), {"format": "pt"} | marks)
+        raise ValueError(f"{target}: slim writes a .safetensors file; "
+                         "choose a name that ends in .safetensors")
+    with model.open_checkpoint(source, size) as (names, read, fingerprints):
+        def read_rounded(name):
+            return read(name).to(dtype)
 
-        _replace_file(target, write)
-        with model.open_checkpoint(target, size) as (again, read_back, same_marks):
-            _check(target, sorted(again) == sorted(names) and same_marks == marks
-                   and all(torch.equal(read_back(name), read(name).to(dtype)) for name in names))
-    return f"{target}: {len(names)} tensors, {_gb(target)} instead of {_gb(source)}, every value read back"
+        with _replacing(target) as temporary, open(temporary, "wb") as file:
+            files.write_safetensors(file, names, read_rounded, {"format": "pt"} | fingerprints)
 
-
-def _write_safetensors(path, names, read, metadata):
-    """The library's writer wants all tensors in memory, twice; this one holds one at a time. The format: the header's
-    length in 8 bytes, the header as JSON, the tensors' bytes."""
-    header, offset = {"__metadata__": metadata}, 0
-    for name in names:
-        tensor = read(name)
-        size = tensor.numel() * tensor.element_size()
-        kind = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                     # the tensors begin at a multiple of 8 bytes
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(read(name).contiguous().flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
+        with model.open_checkpoint(target, size) as (new_names, read_back, new_fingerprints):
+            _check_read_back(
+                target, sorted(new_names) == sorted(names) and new_fingerprints == fingerprints
+                and all(torch.equal(read_back(name), read_rounded(name)) for name in names))
+    return (f"{target}: {len(names)} tensors, {_size(target)} instead of {_size(source)}, "
+            "every value read back")
 
 
 def baseline(cfg, folder):
-    """The base model as an adapter folder that changes nothing: A as before training, B = 0."""
-    predictor = _predictor(cfg)
-    torch.manual_seed(cfg.seed)
-    lora.inject(predictor, **asdict(cfg.lora))
+    """Writes the base model as an adapter folder that changes nothing: A as before training, B = 0.
+
+    Raises ValueError if the folder exists."""
     _refuse_existing(folder)
+    predictor = _load_predictor(cfg)
+    _inject_untrained(cfg, predictor)
     lora.save(folder, predictor, base=cfg.model.checkpoint)
-    _check(folder, all((t == 0).all() for name, t in _same_adapter(folder, predictor).items() if "lora_B" in name))
-    return f"{folder}: an adapter of {len(lora._adapted(predictor))} layers with B = 0"
+    saved = lora.read(folder)[1]
+    expected = lora.adapter_state(predictor)
+    _check_read_back(folder, all(torch.equal(saved[name], t) for name, t in expected.items()))
+    _check_read_back(folder, all(not t.any() for name, t in saved.items() if "lora_B" in name))
+    return f"{folder}: an adapter of {len(lora.adapted_layers(predictor))} layers with B = 0"
 
 
 def adapter(source, folder):
-    """A training step's adapter without its training state, tensor by tensor the same."""
+    """Copies the adapter of a step_N folder, byte by byte, without its training state.
+
+    Raises ValueError if `folder` exists or `source` holds no complete adapter."""
     _refuse_existing(folder)
-    files = {name: _read(Path(source) / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
-    lora.read(source)               # before anything is written: is it whole?
+    # read first, so that nothing is written when the source is damaged
+    contents = {name: _read(Path(source) / name) for name in ADAPTER_FILES}
+    lora.read(source)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
+    for name, data in contents.items():
         files.write_file(Path(folder) / name, data)
-        _check(folder, (Path(folder) / name).read_bytes() == data)
+        _check_read_back(folder, (Path(folder) / name).read_bytes() == data)
     state = lora.read(folder)[1]
-    return f"{folder}: {sum(t.numel() for t in state.values()):,} parameters in {len(state) // 2} layers"
+    n_parameters = sum(t.numel() for t in state.values())
+    return f"{folder}: {n_parameters:,} parameters in {len(state) // 2} layers"
 
 
 @torch.no_grad()
 def merge(cfg, folder, target):
-    """Base and adapter as one model, fp32, {"encoder", "predictor"} as in the released file."""
+    """Writes base and adapter as one model in fp32: {"encoder": …, "predictor": …}, as released.
+
+    Raises ValueError if the adapter does not fit the base, or if the merged model's output on
+    random input differs from that of base + adapter by more than 1e-4 of its largest value."""
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size)
     lora.load(predictor, folder)
     predictor.eval()
     N, D = predictor.grid ** 2, predictor.predictor_embed.in_features
     torch.manual_seed(0)
-    probe = model.layer_norm(torch.randn(1, N, D)), 0.1 * torch.randn(1, 1, 7), torch.randn(1, 1, 7)
-    before = predictor(*probe)
+    h = model.layer_norm(torch.randn(1, N, D))                              # one frame
+    action, state = 0.1 * torch.randn(1, 1, 7), torch.randn(1, 1, 7)
+    expected = predictor(h, action, state)                                  # [1, N, D]
     lora.merge(predictor)
-    _replace_file(target, lambda path: torch.save({"encoder": encoder.state_dict(), "predictor": predictor.state_dict()}, path))
-    again = model.load(target, cfg.model.size)
-    for part, other in zip((encoder, predictor), again):
-        _check(target, all(torch.equal(a, b) for a, b in zip(part.state_dict().values(), other.state_dict().values())))
-    off = (again[1](*probe) - before).abs().max().item()
-    _check(target, off < 1e-4 * before.abs().max().item())
-    return f"{target}: {_gb(target)}, every value read back; outputs differ from base + adapter by {off:.1e} at most"
+    merged = {"encoder": encoder.state_dict(), "predictor": predictor.state_dict()}
+    with _replacing(target) as temporary:
+        torch.save(merged, temporary)
+    new_encoder, new_predictor = model.load(target, cfg.model.size)
+    saved = {"encoder": new_encoder.state_dict(), "predictor": new_predictor.state_dict()}
+    _check_read_back(target, all(torch.equal(saved[part][name], tensor)
+                                 for part in merged for name, tensor in merged[part].items()))
+    difference = (new_predictor(h, action, state) - expected).abs().max().item()
+    _check_read_back(target, difference < 1e-4 * expected.abs().max().item())
+    return (f"{target}: {_size(target)}, every value read back; "
+            f"outputs differ from base + adapter by {difference:.1e} at most")
 
+
+def _load_predictor(cfg):
+    torch.manual_seed(cfg.seed)
+    dtype = model.DTYPES[cfg.precision]
+    return model.load(cfg.model.checkpoint, cfg.model.size, dtype, encoder=False)[1]
+
+
+def _inject_untrained(cfg, predictor):
+    """Adapters as they are before the first step of training: B is zero."""
+    torch.manual_seed(cfg.seed)
+    lora.inject(predictor, **asdict(cfg.lora))
+
+
+# The package for Colab
 
 def package(run, steps, n_trajectories, target, overrides=()):
-    """Everything that the notebook needs but the base weights, as one .zip."""
-    import energy
+    """Writes all that the notebook needs, except for the base weights, as one .zip.
+
+    run: a run folder of train.py. steps: the training steps whose adapters to pack; step 0 is the
+    base model. n_trajectories: clips from validation episodes, at most. overrides: config keys
+    over those of the run. Raises ValueError for a folder without these steps or a damaged one."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}: no config.yaml in it; give the run folder that train.py wrote")
     cfg = config.load([str(run / "config.yaml"), *overrides])
-    predictor = _predictor(cfg)
+    cfg.energy.pairs = n_trajectories
+    # the package holds frames: latents would tie it to one encoder and be larger
+    cfg.data.latents = ""
+    predictor = _load_predictor(cfg)
+    contents = _pack_adapters(cfg, predictor, run, steps)
+    clips = energy.read_clips(cfg)
+    for i, clip in enumerate(clips):
+        contents[f"trajectories/{i:03d}.npz"] = _pack_trajectory(clip)
+    contents |= {name: (PROJECT / name).read_bytes() for name in source_files()}
+    contents["config.yaml"] = config.dump(_config_in_package(cfg)).encode()
+    manifest = {
+        "base_fingerprint": predictor.base_fingerprint, "base": cfg.model.checkpoint,
+        "steps": steps, "trajectories": len(clips),
+        "recorded_frames_per_step": cfg.data.frame_step, "camera": cfg.data.camera,
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "sha256": {name: _sha256(data) for name, data in contents.items()}}
+    contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
+
+    # level 1: weights and frames hardly compress, so a higher level costs time only
+    with _replacing(target) as temporary, \
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    verify(target)
+    return (f"{target}: {_size(target)}; adapters of steps {', '.join(map(str, steps))}, "
+            f"{len(clips)} trajectories, the notebook")
+
+
+def _pack_adapters(cfg, predictor, run, steps):
+    """{adapters/step_N/…: bytes}. Raises ValueError for a step that is missing or does not fit."""
     contents = {}
     for step in steps:
         folder = run / f"step_{step}"
         if step == 0 and not folder.exists():
-            torch.manual_seed(cfg.seed)
-            lora.inject(predictor, **asdict(cfg.lora))
-            for name, data in lora.files(predictor, cfg.model.checkpoint).items():
-                contents[f"adapters/step_0/{name}"] = data
-            lora.remove(predictor)
-            continue
-        if not folder.is_dir():
-            there = ", ".join(sorted(path.name for path in run.glob("step_*"))) or "no step at all"
-            raise ValueError(f"{folder}: no such step; {run} has {there}")
-        lora.load(predictor, folder)                        # refuses a damaged one, or one of another base
+            _inject_untrained(cfg, predictor)
+            adapter_files = lora.adapter_files(predictor, cfg.model.checkpoint)
+        elif folder.is_dir():
+            # loading checks that it is complete and was trained on this base
+            lora.load(predictor, folder)
+            adapter_files = {name: _read(folder / name) for name in ADAPTER_FILES}
+        else:
+            found = ", ".join(sorted(path.name for path in run.glob("step_*")))
+            raise ValueError(f"{folder}: no such step; {run} has {found or 'no step at all'}")
         lora.remove(predictor)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            contents[f"adapters/step_{step}/{name}"] = _read(folder / name)
-    cfg.energy.pairs, cfg.data.latents = n_trajectories, ""
-    clips = energy.read_clips(cfg)
-    for i, clip in enumerate(clips):
-        data = io.BytesIO()
-        np.savez_compressed(data, observations=clip["frames"].permute(1, 2, 3, 0).numpy(), states=clip["states"].numpy(),
-                            episode=clip["episode"])
-        contents[f"trajectories/{i:03d}.npz"] = data.getvalue()
-    here = Path(__file__).parent
-    contents |= {name: (here / name).read_bytes() for name in SOURCES}
-    recorded = cfg.data.frame_step
-    cfg = replace(cfg, out_dir="results", resume=False, gcs_dir="", device="", memory=0.0, data=replace(
-        cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1, val_fraction=1.0, drop_idle=False))
-    contents["config.yaml"] = config.dump(cfg).encode()
-    contents["manifest.json"] = json.dumps({
-        "base_fingerprint": predictor.base_fingerprint, "base": cfg.model.checkpoint, "steps": steps,
-        "trajectories": len(clips), "recorded_frames_per_step": recorded, "camera": cfg.data.camera,
-        "made": time.strftime("%Y-%m-%d %H:%M:%S"), "sha256": {name: _sha(data) for name, data in contents.items()}},
-        indent=1).encode()
+        contents |= {f"adapters/step_{step}/{name}": data for name, data in adapter_files.items()}
+    return contents
 
-    def write(path):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            for name, data in contents.items():
-                archive.writestr(name, data)
 
-    _replace_file(target, write)
-    verify(target)
-    return f"{target}: {_gb(target)}; adapters of steps {', '.join(map(str, steps))}, {len(clips)} trajectories, the notebook"
+def _pack_trajectory(clip):
+    """A clip as the bytes of a .npz file that `episodes.npz` reads."""
+    data = io.BytesIO()
+    frames = clip["frames"].permute(1, 2, 3, 0)                             # [T, H, W, 3] uint8
+    np.savez_compressed(data, observations=frames.numpy(), states=clip["states"].numpy(),
+                        episode=clip["episode"])
+    return data.getvalue()
+
+
+def _config_in_package(cfg):
+    """The run's config for where the package is unpacked. Its trajectories are clips already:
+    cropped, one recorded frame per step, and all of them for validation."""
+    data = replace(cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1,
+                   val_fraction=1.0, drop_idle=False)
+    return replace(cfg, out_dir="results", resume=False, gcs_dir="", device="", memory=0.0,
+                   data=data)
+
+
+def source_files():
+    """The files of this project that the notebook needs, relative to it, sorted: colab.ipynb,
+    LICENSE, the modules that its code cells import, and the modules that those import, at the top
+    or inside of functions."""
+    notebook = json.loads((PROJECT / "colab.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    waiting = _imported_files("\n".join("".join(cell["source"]) for cell in cells))
+    found = {"colab.ipynb", "LICENSE"}
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += _imported_files((PROJECT / name).read_text())
+    return sorted(found)
+
+
+def _imported_files(code):
+    """The project's files that Python code imports directly, such as analysis/compare.py."""
+    modules = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}: imports are absolute here"
+            # the name may be a module, as in `from analysis import compare`, or not
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    found = []
+    for module in modules:
+        # importing a.b runs a/__init__.py first, so the parents belong to it
+        while module:
+            path = module.replace(".", "/")
+            found += [name for name in (f"{path}.py", f"{path}/__init__.py")
+                      if (PROJECT / name).is_file()]
+            module = module.rpartition(".")[0]
+    return found
 
 
 def verify(path):
-    """Compares a package, zipped or unpacked, with its manifest -> the manifest. Raises ValueError naming the file."""
+    """Compares a package, zipped or unpacked, with its manifest. Returns the manifest.
+
+    Raises ValueError naming the file if one is missing, altered or cut short."""
     path = Path(path)
     try:
         archive = zipfile.ZipFile(path) if path.is_file() else None
         read = archive.read if archive else lambda name: (path / name).read_bytes()
         manifest = json.loads(read("manifest.json"))
         for name, digest in manifest["sha256"].items():
-            if _sha(read(name)) != digest:
+            if _sha256(read(name)) != digest:
                 raise ValueError(f"{path}: {name} was altered; unpack or copy the package again")
     except (KeyError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: not a whole package ({error}); unpack or copy it again") from None
+        raise ValueError(f"{path}: not a whole package ({error}); "
+                         "unpack or copy it again") from None
     except (zipfile.BadZipFile, EOFError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cut short or damaged ({error}); copy it again") from None
     return manifest
 
 
-def _predictor(cfg):
-    torch.manual_seed(cfg.seed)
-    return model.load(cfg.model.checkpoint, cfg.model.size, model.DTYPES[cfg.precision])[1]
+# Files
 
-
-def _same_adapter(folder, predictor):
-    state = lora.read(folder)[1]
-    _check(folder, all(torch.equal(state[name], tensor) for name, tensor in lora.adapter_state(predictor).items()))
-    return state
-
-
-def _replace_file(target, write):
-    """write(path) into a file beside `target`, then renamed: readers see all of it or nothing."""
+@contextmanager
+def _replacing(target):
+    """Yields a path beside `target` to write to, then renames it: readers see the old file or the
+    new one. As `files.write_file`, for files that are too large to hold in memory."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{target}.tmp")
     try:
-        write(temporary)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except Exception as error:
         with suppress(OSError):
             temporary.unlink()
+        # torch.save reports a full disk as RuntimeError
         if isinstance(error, OSError) or "No space left" in str(error):
-            raise OSError(f"{target}: could not be saved: {error}; make room or choose another place") from None
+            raise OSError(f"{target}: could not be saved: {error}; "
+                          "make room or choose another place") from None
         raise
 
 
@@ -220,56 +311,67 @@ def _read(path):
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a step_N folder that train.py wrote") from None
+        raise ValueError(f"{path}: no such file; "
+                         "give a step_N folder that train.py wrote") from None
 
 
-def _check(target, same):
+def _check_read_back(target, same):
     if not same:
-        raise ValueError(f"{target}: what was read back differs from what was written; the disk may be damaged, do not use it")
+        raise ValueError(f"{target}: what was read back differs from what was written; "
+                         "the disk may be damaged, do not use it")
 
 
-def _sha(data):
+def _sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def _gb(path):
+def _size(path):
     size = Path(path).stat().st_size
     return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def main(args):
-    def option(name, default):
-        found = [arg for arg in args if arg.startswith(f"--{name}=")]
-        for arg in found:
-            args.remove(arg)
-        return found[-1].partition("=")[2] if found else default
+# The command line
 
+def main(args):
     command, args = (args[0] if args else ""), args[1:]
-    dtype, steps, n = option("dtype", "bf16"), option("steps", "0,5000,20000"), option("trajectories", "16")
-    paths, keys = [a for a in args if not a.startswith("--")], [a for a in args if a.startswith("--")]
-    wanted = {"slim": 2, "baseline": 2, "adapter": 2, "merge": 3, "package": 1, "verify": 1}
-    if wanted.get(command) != len(paths):
+    options = {"dtype": "bf16", "steps": "0,5000,20000", "trajectories": "16"}
+    paths, keys = [], []
+    for arg in args:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            paths.append(arg)
+        elif name in options:
+            options[name] = value
+        else:
+            keys.append(arg)
+    if N_PATHS.get(command) != len(paths):
         sys.exit(__doc__)
     try:
-        if command == "slim" and dtype not in model.DTYPES:
-            raise ValueError(f"--dtype={dtype}: choose from {', '.join(model.DTYPES)}")
-        if command == "slim":
-            print(slim(*paths, config.load(keys).model.size, model.DTYPES[dtype]))
-        elif command == "baseline":
-            print(baseline(config.load([paths[0], *keys]), paths[1]))
-        elif command == "adapter":
-            print(adapter(*paths))
-        elif command == "merge":
-            print(merge(config.load([paths[0], *keys]), *paths[1:]))
-        elif command == "package":
-            if not all(step.isdigit() for step in steps.split(",")) or not n.isdigit():
-                raise ValueError(f"--steps={steps} --trajectories={n}: give whole numbers, such as --steps=0,5000")
-            print(package(paths[0], [int(step) for step in steps.split(",")], int(n), PACKAGE, keys))
-        else:
-            manifest = verify(paths[0])
-            print(f"{paths[0]}: whole; {len(manifest['sha256'])} files, steps {manifest['steps']}")
+        print(_run(command, paths, keys, **options))
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {error}")
+
+
+def _run(command, paths, keys, dtype, steps, trajectories):
+    if command == "slim":
+        if dtype not in model.DTYPES:
+            raise ValueError(f"--dtype={dtype}: choose from {', '.join(model.DTYPES)}")
+        return slim(*paths, config.load(keys).model.size, model.DTYPES[dtype])
+    if command == "baseline":
+        return baseline(config.load([paths[0], *keys]), paths[1])
+    if command == "adapter":
+        return adapter(*paths)
+    if command == "merge":
+        return merge(config.load([paths[0], *keys]), *paths[1:])
+    if command == "package":
+        if not all(step.isdigit() for step in steps.split(",")) or not trajectories.isdigit():
+            raise ValueError(f"--steps={steps} --trajectories={trajectories}: "
+                             "give whole numbers, such as --steps=0,5000 --trajectories=16")
+        steps = [int(step) for step in steps.split(",")]
+        return package(paths[0], steps, int(trajectories), PACKAGE, keys)
+    manifest = verify(paths[0])
+    n_files = len(manifest["sha256"])
+    return f"{paths[0]}: complete and unchanged; {n_files} files, steps {manifest['steps']}"
 
 
 if __name__ == "__main__":
