@@ -1,14 +1,16 @@
-"""Encode each frame once, and train and measure from the stored latents: the encoder is frozen, its output never changes.
+"""Encode each frame once, and train and measure from the stored latents: the encoder is frozen, so
+its output never changes.
 
-    python latents.py config.yaml                                       # into latents/droid_100, named after data.path
-    torchrun --standalone --nproc_per_node=2 latents.py config.yaml     # two GPUs, each every other file
-    python train.py config.yaml --data.latents=latents/droid_100        # neither the encoder nor TensorFlow is needed
+    python latents.py config.yaml                           # into latents/droid_100, see data.path
+    torchrun --standalone --nproc_per_node=2 latents.py config.yaml     # two GPUs, half the files
+    python train.py config.yaml --data.latents=latents/droid_100        # needs no TensorFlow
 
-Stored are the frames on the grid of data.frame_step, through data.camera and data.crop, in the dtype of `precision`: 0.72 MB
-a frame in bf16. Per data file there are NNNNN.bin (latents [rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes and
-the .bin's SHA-256); store.json says what all were made with, and another encoder, camera, crop or step is refused. A run that
-was stopped goes on when started again; a file cut short or altered is found and made again. Reading, decoding, the encoder and
-writing go on side by side, each a few episodes or batches ahead of the next.
+Stored are frames 0, frame_step, … of each episode, through data.camera and data.crop, in the dtype
+of `precision`: 0.72 MB a frame in bf16. For each data file there are NNNNN.bin (latents
+[rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes, and the SHA-256 of the .bin);
+store.json holds the settings that they were made with. Another encoder, camera, crop or frame_step
+is an error. An interrupted run goes on when it is started again; truncated or modified files are
+detected and made again. episodes/stored.py reads what is written here.
 """
 import hashlib
 import json
@@ -18,8 +20,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
-from itertools import takewhile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,93 +28,121 @@ import torch
 from tqdm import tqdm
 
 import config
-import files
 import droid
+import files
 import model
-import speed
-from episodes.clips import Episode, ahead
-from episodes.stored import read_index, read_store, settings_of
+from episodes.prefetch import prefetch
+from episodes.source import DamagedEpisode, Episode
+from episodes.stored import read_index, read_store, store_settings
+
 
 FRAMES_PER_BATCH = 32
+BATCHES_AHEAD = 4                           # batches that wait to be written
 THREADS = min(8, os.cpu_count() or 1)       # each decodes one episode
 NO_FRAMES = torch.empty(0, dtype=torch.uint8)
+END_OF_FILE = object()                      # see _one_file
 
 
-def folder_of(cfg):
+def default_folder(cfg):
     """data.latents, or latents/NAME after the last part of data.path that is not a version."""
-    parts = [part for part in re.split(r"[/\\]", cfg.data.path) if part and not re.fullmatch(r"\d+\.\d+\.\d+|\*.*", part)]
-    return Path(cfg.data.latents or f"latents/{parts[-1].removesuffix('.npz')}")
+    if cfg.data.latents:
+        return Path(cfg.data.latents)
+    parts = [part for part in re.split(r"[/\\]", cfg.data.path)
+             if part and not re.fullmatch(r"\d+\.\d+\.\d+|\*.*", part)]
+    return Path("latents") / parts[-1].removesuffix(".npz")
 
 
 def encode(cfg):
-    """Writes the store, or what is missing of it -> its folder. Raises ValueError, or OSError if the disk is too small."""
-    folder, data = folder_of(cfg), cfg.data
-    data.latents = ""                                       # read images
+    """Stores the latents of cfg.data.path, or those that are missing. Returns their folder.
+
+    Raises ValueError, or OSError if the disk is too small."""
+    folder = default_folder(cfg)
+    cfg = replace(cfg, data=replace(cfg.data, latents=""))      # the source is to read images
     device = model.resolve_device(cfg.device)
-    cfg = speed.limit(cfg, device)
+    if cfg.memory and device.type == "cuda":
+        from fast import memory
+        cfg = memory.cap_gpu_memory(cfg, device)
     precision = model.resolve_precision(cfg.precision, device)
     dtype = model.DTYPES[precision]
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)                                 # for --model.checkpoint=random
+    # The predictor is needed for the number of patches and for the fingerprints only.
     encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device)
     world = model.WorldModel(encoder, predictor)
-    if speed.compiles(cfg, device):
-        speed.compile_blocks(encoder.blocks)
-    rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
-    N, D = predictor.grid ** 2, encoder.dim
+    if model.can_accelerate(cfg, device):
+        import fast
+        fast.accelerate(world, cfg)
+
+    # Files are shared out among the processes of torchrun, which sets both variables.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     source = droid.open_source(cfg)
-    made_with = settings_of(cfg, encoder.encoder_fingerprint) | {
-        "dtype": precision, "tokens": N, "width": D, "drop_idle": data.drop_idle,
-        "files": [Path(file).name for file in source.files]}
+    N, D = predictor.grid ** 2, encoder.dim
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, made_with, rank)
-    todo, kept = [], 0
-    mine = [(i, file) for i, file in enumerate(source.files) if i % ranks == rank]
-    for i, file in mine:
-        why = _damage(folder, i, N * D * dtype.itemsize)
-        if why:
-            todo.append((i, file))
-        if why and why != "missing":
-            tqdm.write(f"{folder}/{i:05d}.bin: {why}: encoding {Path(file).name} again")
-        kept += not why
-    sizes = [source.size_of(file) for _, file in todo]
+    _write_settings(folder, rank, store_settings(cfg, encoder.encoder_fingerprint) | {
+        "dtype": precision, "tokens": N, "width": D, "drop_idle": cfg.data.drop_idle,
+        "files": [Path(file).name for file in source.files]})
+    numbered = list(enumerate(source.files))[rank::world_size]
     frame_bytes = N * D * dtype.itemsize
-    frames = _estimate(source, todo, sizes, cfg)
-    need, free = frames * frame_bytes, shutil.disk_usage(folder).free
-    tqdm.write(f"{folder}: {kept} of {len(mine)} files are there; about {frames:,} frames to encode, {need / 1e9:.2f} GB "
-               f"({free / 1e9:.0f} GB free) on {model.device_name(device)} in {precision}")
-    if need * ranks > 0.98 * free:
-        raise OSError(f"{folder}: about {need * ranks / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, choose another "
-                      "disk with --data.latents=FOLDER, or raise --data.frame_step")
-    done_bytes, rows = 0, 0
-    bar = tqdm(total=frames, unit="frame", smoothing=0.05, disable=None)
-    with closing(ahead(_encoded(source, todo, cfg, world, dtype, device), n=4)) as encoded:
+    todo = _unfinished(folder, numbered, frame_bytes)
+    sizes = [source.size_of(file) for _, file in todo]          # bytes
+    n_frames = _estimate_frames(source, todo, sizes, cfg)
+    need, free = n_frames * frame_bytes, shutil.disk_usage(folder).free
+    tqdm.write(f"{folder}: {len(numbered) - len(todo)} of {len(numbered)} files are there; about "
+               f"{n_frames:,} frames to encode, {need / 1e9:.2f} GB ({free / 1e9:.0f} GB free) on "
+               f"{model.device_name(device)} in {precision}")
+    if need * world_size > 0.98 * free:
+        raise OSError(
+            f"{folder}: about {need * world_size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB "
+            "are free; make room, choose another disk with --data.latents=FOLDER, or raise "
+            "--data.frame_step")
+
+    # Reading, decoding, encoding and writing overlap: each has threads of its own, a few episodes
+    # or batches ahead of the next, also across the borders of files.
+    n_written, bytes_done = 0, 0
+    bar = tqdm(total=n_frames, unit="frame", smoothing=0.05, disable=None)
+    batches = prefetch(_encode_files(source, todo, cfg, world, dtype, device), BATCHES_AHEAD)
+    with closing(batches):
         for (i, _), size in zip(todo, sizes):
-            rows += _write_file(folder, i, encoded, bar)
-            done_bytes += size
-            bar.total = round(rows * sum(sizes) / done_bytes)       # the estimate, corrected by what has been seen
+            n_written += _write_file(folder, i, _one_file(batches), bar)
+            bytes_done += size
+            bar.total = round(n_written * sum(sizes) / bytes_done)      # a better estimate
             bar.refresh()
     bar.close()
-    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in mine)
-    share = f" by rank {rank} of {ranks}" if ranks > 1 else ""
-    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB{share}; use --data.latents={folder}")
+    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in numbered)
+    share = f" by rank {rank} of {world_size}" if world_size > 1 else ""
+    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB{share}; "
+               f"use --data.latents={folder}")
     return folder
 
 
-def _begin(folder, made_with, rank):
-    """Writes store.json (rank 0), or compares with the one that is there. Raises ValueError."""
+# What is there and what is missing
+
+def _write_settings(folder, rank, settings):
+    """Writes store.json, or compares the settings with those that are there. Raises ValueError."""
     path = folder / "store.json"
     if path.exists():
         there = read_store(folder)
-        other = [key for key in made_with if there.get(key) != made_with[key]]
+        other = [key for key in settings if there.get(key) != settings[key]]
         if other:
-            raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give another folder with "
-                             "--data.latents=FOLDER, or remove it")
+            raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give "
+                             "another folder with --data.latents=FOLDER, or remove it")
     elif rank == 0:
-        files.write_file(path, json.dumps(made_with, indent=1).encode())
+        files.write_file(path, json.dumps(settings, indent=1).encode())
 
 
-def _damage(folder, i, frame_bytes):
-    """Why file i of the store has to be made (again), or ""."""
+def _unfinished(folder, numbered, frame_bytes):
+    """Those of [(i, data file)] whose latents are missing or damaged."""
+    todo = []
+    for i, file in numbered:
+        fault = _fault(folder, i, frame_bytes)
+        if fault:
+            todo.append((i, file))
+        if fault and fault != "missing":
+            tqdm.write(f"{folder}/{i:05d}.bin: {fault}: encoding {Path(file).name} again")
+    return todo
+
+
+def _fault(folder, i, frame_bytes):
+    """Why the latents of file i have to be made (again), or ""."""
     index = read_index(folder, i)
     if index is None:
         return "missing"
@@ -121,105 +150,175 @@ def _damage(folder, i, frame_bytes):
     if not path.exists() or path.stat().st_size != index["rows"].sum() * frame_bytes:
         return "cut short"
     with open(path, "rb") as file:
-        return "" if hashlib.file_digest(file, "sha256").hexdigest() == str(index["sha256"]) else "altered"
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if digest == str(index["sha256"]) else "altered"
 
 
-def _estimate(source, todo, sizes, cfg):
-    """Frames to encode: those of the first files by their poses, the rest by their size."""
-    frames = seen = 0
+def _estimate_frames(source, todo, sizes, cfg):
+    """Frames to encode: counted in the first two files, and in proportion to their bytes beyond.
+
+    Only reading all data would tell exactly, and they may be terabytes in a bucket."""
+    n_frames = n_bytes = 0
     for (_, file), size in list(zip(todo, sizes))[:2]:
         for episode in source.episodes(file):
-            if isinstance(episode, Episode) and (episode.success or not cfg.data.only_success):
-                frames += -(-len(episode.poses) // cfg.data.frame_step)
-        seen += size
-    return round(frames * sum(sizes) / seen) if seen else 0
+            if _is_wanted(episode, cfg):
+                n_frames += -(-len(episode.poses) // cfg.data.frame_step)
+        n_bytes += size
+    return round(n_frames * sum(sizes) / n_bytes) if n_bytes else 0
 
 
-def _decoded(source, todo, cfg):
-    """The files' episodes in order: (Episode or what is damaged, its frames [n, S, S, 3] uint8); None ends a file.
-
-    A thread reads them, and THREADS decode as many episodes ahead."""
-    def frames_of(episode):
-        if not isinstance(episode, Episode) or cfg.data.only_success and not episode.success:
-            return episode, NO_FRAMES
-        try:
-            return replace(episode, images=None), source.every_frame(episode.images)
-        except ValueError as error:
-            return (episode.place, error, episode.name), NO_FRAMES
-
-    def begun():
-        for _, file in todo:
-            for episode in source.episodes(file):
-                yield pool.submit(frames_of, episode)
-            yield None
-
-    with ThreadPoolExecutor(THREADS) as pool, closing(ahead(begun(), n=THREADS)) as episodes:
-        for episode in episodes:
-            yield episode.result() if episode else None
+def _is_wanted(episode, cfg):
+    """Whether an episode's frames are encoded."""
+    return isinstance(episode, Episode) and (episode.success or not cfg.data.only_success)
 
 
-def _encoded(source, todo, cfg, world, dtype, device):
-    """For each file its batches, as (latents [n, N, D] on the CPU, event after which they are there, or None), and then a list of
-    (Episode or what is damaged, its rows).
+# Decoding, encoding, writing
 
-    A batch goes on from one episode of a file to the next, but not into another file: made again, a file has the same bits."""
-    cuda = device.type == "cuda"
+@dataclass
+class EncodedBatch:
+    """Latents of up to FRAMES_PER_BATCH frames of one data file."""
+    episodes: list          # [(Episode or DamagedEpisode, its rows)] read since the batch before
+    h: torch.Tensor         # [n, N, D] on the CPU
+    copied: object = None   # the CUDA event after which h is there
 
-    def latents_of(frames):
-        n, arrived = len(frames), None
-        if cuda:                                        # one shape: compiled once
-            frames = torch.cat([frames, frames[-1:].expand(FRAMES_PER_BATCH - n, -1, -1, -1)]).pin_memory()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            h = world.encode(frames.to(device, non_blocking=True).permute(3, 0, 1, 2)[None])[0, :n]     # [n, N, D]
-        h = h.to(dtype).to("cpu", non_blocking=True)    # into page-locked memory, while the next batch is prepared
-        if cuda:
-            arrived = torch.cuda.Event(blocking=True)   # who waits for it sleeps
-            arrived.record(torch.cuda.current_stream(device))
-        return h, arrived
 
-    with closing(_decoded(source, todo, cfg)) as decoded:
+def _one_file(items):
+    """The items of the next file, from a generator that puts END_OF_FILE after those of each.
+
+    Threads work ahead in files that are still to come, so that all files share one generator: most
+    .npz data sets have one episode a file."""
+    for item in items:
+        if item is END_OF_FILE:
+            return
+        yield item
+
+
+def _decode_files(source, todo, cfg):
+    """(Episode or DamagedEpisode, its frames) of the files in order, END_OF_FILE after each.
+
+    A thread reads episodes, and THREADS threads decode them."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        with closing(prefetch(_start_decoding(pool, source, todo, cfg), THREADS)) as started:
+            for future in started:
+                yield future if future is END_OF_FILE else future.result()
+
+
+def _start_decoding(pool, source, todo, cfg):
+    for _, file in todo:
+        for episode in source.episodes(file):
+            yield pool.submit(_decode_episode, source, episode, cfg)
+        yield END_OF_FILE
+
+
+def _decode_episode(source, episode, cfg):
+    """(the Episode without images or DamagedEpisode, its frames [n, S, S, 3] uint8 or none)"""
+    if isinstance(episode, DamagedEpisode):
+        return episode, NO_FRAMES
+    about = replace(episode, images=None)
+    if not _is_wanted(episode, cfg):
+        return about, NO_FRAMES
+    try:
+        return about, source.every_frame(episode.images)
+    except ValueError as error:
+        return DamagedEpisode(episode.location, str(error), episode.name), NO_FRAMES
+
+
+def _encode_files(source, todo, cfg, world, dtype, device):
+    """EncodedBatches of the files in order, END_OF_FILE after each."""
+    with closing(_decode_files(source, todo, cfg)) as decoded:
         for _ in todo:
-            episodes, rest = [], NO_FRAMES
-            for episode, frames in takewhile(bool, decoded):
-                episodes.append((episode, len(frames)))
-                *full, rest = torch.cat([rest, frames]).split(FRAMES_PER_BATCH)
-                yield from map(latents_of, full)
-            if len(rest):
-                yield latents_of(rest)
-            yield episodes
+            yield from _encode_file(_one_file(decoded), world, dtype, device)
+            yield END_OF_FILE
 
 
-def _write_file(folder, i, encoded, bar):
-    """Writes NNNNN.bin, then NNNNN.npz, which makes it count -> its rows."""
-    digest, path, temporary = hashlib.sha256(), folder / f"{i:05d}.bin", folder / f"{i:05d}.bin.tmp"
+def _encode_file(decoded, world, dtype, device):
+    """EncodedBatches of one file. The last is smaller, and empty for a file without frames.
+
+    A batch goes on from one episode to the next, but not into another file: a file that is made
+    again gets the same batches, and with them the same bits."""
+    episodes, waiting = [], NO_FRAMES
+    for episode, frames in decoded:
+        episodes.append((episode, len(frames)))
+        *full, waiting = torch.cat([waiting, frames]).split(FRAMES_PER_BATCH)
+        for batch in full:
+            yield EncodedBatch(episodes, *_encode_frames(batch, world, dtype, device))
+            episodes = []
+    if len(waiting):
+        yield EncodedBatch(episodes, *_encode_frames(waiting, world, dtype, device))
+    else:
+        yield EncodedBatch(episodes, torch.empty(0, dtype=dtype))
+
+
+def _encode_frames(frames, world, dtype, device):
+    """frames [n, S, S, 3] uint8 -> latents [n, N, D] on the CPU, and the event after which they are
+    there (None without a GPU)."""
+    n, on_gpu = len(frames), device.type == "cuda"
+    if on_gpu:
+        # Padded to one shape, for which the encoder is compiled once.
+        padding = frames[-1:].expand(FRAMES_PER_BATCH - n, -1, -1, -1)
+        frames = torch.cat([frames, padding]).pin_memory()
+    clip = frames.to(device, non_blocking=True).permute(3, 0, 1, 2)[None]       # [1, 3, n, S, S]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        h = world.encode(clip)[0, :n]                                           # [n, N, D]
+    h = h.to(dtype).to("cpu", non_blocking=True)
+    if not on_gpu:
+        return h, None
+    # The copy goes on while the next batch is prepared. Who waits for a blocking event sleeps
+    # instead of keeping a core busy.
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(device))
+    return h, copied
+
+
+def _write_file(folder, i, batches, bar):
+    """Writes NNNNN.bin and NNNNN.npz of one file. Returns the number of rows.
+
+    The .npz comes last, and a file without it counts as missing: whenever the run is interrupted,
+    an .npz never describes another .bin."""
+    path, temporary = folder / f"{i:05d}.bin", folder / f"{i:05d}.bin.tmp"
     (folder / f"{i:05d}.npz").unlink(missing_ok=True)
+    digest, episodes = hashlib.sha256(), []
     with open(temporary, "wb") as out:
-        while not isinstance(item := next(encoded), list):      # the episodes end the file
-            h, arrived = item
-            if arrived:
-                arrived.synchronize()
-            data = memoryview(h.view(torch.uint8).numpy()).cast("B")
+        for batch in batches:
+            if batch.copied:
+                batch.copied.synchronize()
+            data = batch.h.view(torch.uint8).flatten().numpy()      # NumPy has no bf16
             out.write(data)
             digest.update(data)
-            bar.update(len(h))
+            episodes += batch.episodes
+            bar.update(len(batch.h))
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
-    index = {key: [] for key in ("places", "names", "success", "rows", "lengths", "poses", "joint_velocity", "damaged")}
-    for episode, rows in item:
-        if not isinstance(episode, Episode):
-            place, why, name = episode
-            tqdm.write(f"left out: {place}: {why}", file=sys.stderr)
-            index["damaged"].append((place, str(why), name))
-            continue
-        velocity = np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None else episode.joint_velocity
-        for key, value in (("places", episode.place), ("names", episode.name), ("success", episode.success), ("rows", rows),
-                           ("lengths", len(episode.poses)), ("poses", episode.poses), ("joint_velocity", velocity)):
-            index[key].append(value)
-    arrays = {key: np.concatenate(index[key]) if index[key] else np.zeros((0, 7)) for key in ("poses", "joint_velocity")}
-    arrays |= {key: np.array(index[key]) for key in ("places", "names", "success", "lengths", "damaged")}
-    files.write_npz(folder / f"{i:05d}.npz", **arrays, rows=np.array(index["rows"], np.int64), sha256=digest.hexdigest())
-    return sum(index["rows"])
+    return _write_index(folder / f"{i:05d}.npz", episodes, digest.hexdigest())
+
+
+def _write_index(path, episodes, sha256):
+    """Writes NNNNN.npz (see episodes.stored.read_index). Returns the number of rows.
+
+    episodes: [(Episode or DamagedEpisode, its rows in the .bin)]"""
+    whole, damaged, rows = [], [], []
+    for episode, n_rows in episodes:
+        if isinstance(episode, Episode):
+            whole.append(episode)
+            rows.append(n_rows)
+        else:
+            tqdm.write(f"left out: {episode}", file=sys.stderr)
+            damaged.append((episode.location, episode.reason, episode.name))
+    poses, velocities = np.zeros((0, 7)), np.zeros((0, 7))
+    if whole:
+        poses = np.concatenate([episode.poses for episode in whole])
+        velocities = np.concatenate([
+            np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None
+            else episode.joint_velocity for episode in whole])
+    files.write_npz(
+        path, poses=poses, joint_velocity=velocities,
+        places=np.array([episode.location for episode in whole]),
+        names=np.array([episode.name for episode in whole]),
+        success=np.array([episode.success for episode in whole]),
+        lengths=np.array([len(episode.poses) for episode in whole]),
+        damaged=np.array(damaged), rows=np.array(rows, np.int64), sha256=sha256)
+    return sum(rows)
 
 
 def main(args):

@@ -1,1 +1,1 @@
-"""Where clips come from: pose algebra, windows and crops, and the sources that need no TensorFlow."""
+"""Where clips come from: pose algebra, windows and crops, and the sources without TensorFlow."""

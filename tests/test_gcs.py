@@ -1,5 +1,5 @@
-"""gs:// through TensorFlow, against a local emulator: reading records, mirroring a run, starting
-from the mirror."""
+"""gs:// through TensorFlow, against a local emulator: reading records, mirroring a run, starting a
+run from its mirror."""
 import os
 import socket
 import subprocess
@@ -19,7 +19,7 @@ pytest.importorskip("cryptography")
 
 @pytest.fixture(scope="module")
 def gs(tmp_path_factory):
-    """Runs a Python script against the emulator -> what it printed."""
+    """A function that runs a Python script against the emulator -> its stdout and stderr."""
     folder = tmp_path_factory.mktemp("certificates")
     ports = []
     for _ in range(2):
@@ -39,14 +39,15 @@ def gs(tmp_path_factory):
         result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
         assert result.returncode == 0, result.stderr[-2000:]
         return result.stdout, result.stderr
+
     yield run
     emulator.terminate()
     emulator.wait()
 
 
 def test_records_are_streamed_from_a_bucket(gs, tmp_path):
-    """The same clips in the same order as from the local folder; what is not there ends in one
-    line."""
+    """The same clips in the same order as from the local folder; a path that does not exist is an
+    error of one line."""
     tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=2)
     out, _ = gs("""
 import sys, torch, droid
@@ -93,12 +94,13 @@ assert tf.io.gfile.GFile(url + "/metrics.jsonl").read() == "{}\\n{}\\n"
 assert tf.io.gfile.GFile(url + "/step_2/state.pt").read() == "state 2"
 assert checkpoint.fetch_newest(url, sys.argv[2])
 assert not checkpoint.fetch_newest(url + "/nothing", sys.argv[2])
-checkpoint.upload(run, "gs://no-such-bucket/run")              # told, not raised
+checkpoint.upload(run, "gs://no-such-bucket/run")              # prints, does not raise
 """, tmp_path / "run", tmp_path / "fresh")
     assert ".tmp" not in out and "step_10/state.pt" in out
-    assert (tmp_path / "fresh/step_10/state.pt").read_text() == "state 10"
-    assert (tmp_path / "fresh/step_10/adapter_model.safetensors").read_text() == "adapter 10"
-    assert sorted(p.name for p in (tmp_path / "fresh").iterdir()) == ["metrics.jsonl", "step_10"]
+    fresh = tmp_path / "fresh"
+    assert (fresh / "step_10/state.pt").read_text() == "state 10"
+    assert (fresh / "step_10/adapter_model.safetensors").read_text() == "adapter 10"
+    assert sorted(path.name for path in fresh.iterdir()) == ["metrics.jsonl", "step_10"]
     assert "not uploaded to gs://no-such-bucket/run" in err
     files = sorted(path.name for path in Path(tmp_path / "run/step_10").iterdir())
     assert files == ["adapter_model.safetensors", "state.pt"]

@@ -24,8 +24,8 @@ import latents
 import model
 import tabletop
 import train
-from episodes.clips import DamagedEpisode, Episode
 from episodes.npz import NpzFiles
+from episodes.source import DamagedEpisode, Episode
 from small import recipe
 
 

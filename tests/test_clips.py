@@ -1,0 +1,181 @@
+"""From episodes to clips: the right frames, actions, split and order, from every kind of file."""
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import config
+import droid
+from episodes import clips, crops
+from small import (
+    SHADE,
+    all_clips,
+    data_recipe,
+    episode,
+    take,
+    which,
+    write_records,
+    write_trajectories,
+)
+
+
+@pytest.fixture(scope="module")
+def rlds(tmp_path_factory):
+    return write_records(tmp_path_factory.mktemp("rlds"))
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return write_trajectories(tmp_path_factory.mktemp("npz"))
+
+
+@pytest.fixture(params=["rlds", "npz"])
+def source(request):
+    """(folder, names of the episodes in it): .npz knows no failures."""
+    return request.getfixturevalue(request.param), "abcd" if request.param == "rlds" else "abcde"
+
+
+# Windows and crops
+
+def test_windows_and_idle_stretches():
+    data = config.DataConfig(frame_step=4, clip_frames=16, clip_stride=8)
+    assert clips.clip_span(data) == 61
+    assert clips.clip_starts([(0, 60)], data).tolist() == []
+    assert clips.clip_starts([(0, 61)], data).tolist() == [0]
+    assert clips.clip_starts([(0, 125)], data).tolist() == [0, 32, 64]
+    assert clips.clip_starts([(3, 70)], data).tolist() == [4]       # on the grid of frame_step
+    velocity = np.cumsum(np.ones((80, 7)), 0)
+    velocity[30:40] = velocity[30]                                  # nine steps without a change
+    velocity[50:55] = velocity[50]                                  # four: too few to be idle
+    assert clips.moving_stretches(velocity) == [(0, 31 - 10), (40, 80 - 10)]
+    assert clips.moving_stretches(np.zeros((50, 7))) == []
+
+
+def test_crop_windows():
+    assert crops.crop_window(180, 320, "droid", 256) == (0, 38, 180, 243, 256, 256, 0, 0)
+    assert crops.crop_window(180, 320, "center", 256) == (0, 0, 180, 320, 292, 519, 18, 132)
+    assert crops.crop_window(320, 180, "center", 256) == (0, 0, 320, 180, 519, 292, 132, 18)
+    assert crops.crop_window(256, 256, "none", 256) == (0, 0, 256, 256, 256, 256, 0, 0)
+    assert crops.crop_window(320, 180, "droid", 256)[2:4] == (133, 180)
+
+
+@pytest.mark.parametrize("crop", ["center", "droid", "none"])
+def test_crops_are_bilinear_to_one_level(crop):
+    """Against floats, resized as a whole and cut; an odd size too."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 45, 80, 3)).astype(np.uint8)
+    noise = noise.repeat(4, 1).repeat(4, 2)
+    for frames in (noise, noise[:, :171, :130].copy()):
+        top, left, h, w, new_h, new_w, y, x = crops.crop_window(*frames.shape[1:3], crop, 256)
+        exact = torch.from_numpy(frames[:, top:top + h, left:left + w]).permute(0, 3, 1, 2).float()
+        exact = torch.nn.functional.interpolate(exact, (new_h, new_w), mode="bilinear")
+        exact = exact[:, :, y:y + 256, x:x + 256]
+        cropped = crops.crop_frames(frames, crop, 256)
+        assert cropped.shape == (2, 256, 256, 3) and cropped.dtype == torch.uint8
+        assert (cropped.permute(0, 3, 1, 2) - exact).abs().max() <= 1
+    whole = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3)).astype(np.uint8)
+    assert np.array_equal(crops.crop_frames(whole, "none", 256), whole)
+
+
+# The clips
+
+def test_frames_states_and_actions_belong_together(source):
+    folder, names = source
+    loader = droid.create_dataloader(data_recipe(folder, "--batch_size=3"), shuffle=False)
+    batch = take(loader, 1000)
+    assert sorted(which(batch)) == all_clips(names)
+    assert batch["frames"].dtype == torch.uint8 and batch["frames"].shape[1:] == (3, 4, 64, 64)
+    t = batch["states"][:, :, 0] * 100                                  # [P, T] frame numbers
+    assert torch.allclose(batch["frames"].float().mean(dim=(1, 3, 4)), SHADE * t, atol=1.5)
+    # Frames are frame_step apart, and no clip crosses the border of an episode.
+    assert torch.allclose(t, t[:, :1] + 2 * torch.arange(4.0), atol=1e-4)
+    assert (batch["states"][:, :, 1] == batch["states"][:, :1, 1]).all()
+    for (name, start), states, actions in zip(which(batch), batch["states"], batch["actions"]):
+        poses = episode(name)["states"][start:start + 9:2]
+        assert np.abs(states.numpy() - poses[:4]).max() < 1e-6
+        before, after = (Rotation.from_euler("xyz", p[:, 3:6]) for p in (poses[:-1], poses[1:]))
+        expected = np.diff(poses, axis=0)
+        expected[:, 3:6] = (after * before.inv()).as_euler("xyz")
+        inside = len(poses) - 1
+        assert np.abs(actions[:inside].numpy() - expected).max() < 1e-5
+        # Without a frame to go to, the last action is zero.
+        assert inside == 4 or (inside == 3 and (actions[3] == 0).all())
+    again = take(loader, 1000)
+    assert all(torch.equal(batch[key], again[key]) for key in batch)    # one pass, every time
+
+
+def test_settings_reach_the_clips(rlds):
+    every = data_recipe(rlds, "--data.only_success=false")
+    batch = take(droid.create_dataloader(every, shuffle=False), 1000)
+    assert sorted(which(batch)) == all_clips("abcde")
+    loader = droid.create_dataloader(data_recipe(rlds), shuffle=False)
+    take(loader, 1000)
+    assert loader.report() == "5 episodes of this split: 4 used, 1 without /success/"
+    long = data_recipe(rlds, "--data.frame_step=3", "--data.clip_frames=12")    # spans 34 frames
+    loader = droid.create_dataloader(long, shuffle=False)
+    assert {name for name, _ in which(take(loader, 1000))} == {"b", "d"}
+    assert "2 too short" in loader.report()
+
+
+def test_train_and_val_share_no_episode_and_miss_none(source):
+    folder, names = source
+    cfg = data_recipe(folder, "--data.val_fraction=0.5")
+    loaders = [droid.create_dataloader(cfg, split, shuffle=False) for split in ("train", "val")]
+    train, val = ({name for name, _ in which(take(loader, 1000))} for loader in loaders)
+    assert train and val and not train & val and train | val == set(names)
+
+
+# Their order
+
+def test_an_epoch_holds_every_clip_once_in_an_order_that_the_seed_decides(source):
+    folder, names = source
+    n = len(all_clips(names))
+    orders = [which(take(droid.create_dataloader(data_recipe(folder, f"--seed={seed}")), 2 * n))
+              for seed in (0, 0, 1)]
+    assert sorted(orders[0][:n]) == sorted(orders[0][n:]) == all_clips(names)
+    assert orders[0] == orders[1] and orders[0] != orders[2]
+    assert orders[0][:n] != orders[0][n:] != sorted(orders[0][n:])
+
+
+@pytest.mark.parametrize("stop", [1, 5, 13])
+def test_resuming_gives_the_clips_that_would_have_followed(source, stop, monkeypatch):
+    """Also across windows and epochs: 13 batches of 3 are more than one epoch of 28 or 33 clips."""
+    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 1)
+    cfg = data_recipe(source[0], "--batch_size=3")
+    loader = droid.create_dataloader(cfg)
+    batches = iter(loader)
+    for _ in range(stop):
+        next(batches)
+    state = loader.state_dict()
+    following = [next(batches) for _ in range(4)]
+    fresh = droid.create_dataloader(cfg)
+    fresh.load_state_dict(state)
+    for expected, batch in zip(following, fresh):
+        assert all(torch.equal(expected[key], batch[key]) for key in expected)
+
+
+def test_ranks_share_no_clip_and_miss_none(source):
+    folder, names = source
+    cfg = data_recipe(folder)
+    source = droid.open_source(cfg)
+    for world_size in (2, 3):
+        loaders = [clips.Clips(source, cfg, "train", False, rank, world_size)
+                   for rank in range(world_size)]
+        shares = [which(take(loader, 1000)) for loader in loaders]
+        assert sorted(sum(shares, [])) == all_clips(names)
+
+
+@pytest.mark.parametrize("seed, rank, world_size, order", [
+    (0, 0, 1, "c12 c4 c0 e0 c16 c8 e16 e20 b12 b0 b8 b16 b24 b20"),
+    (5, 0, 1, "e12 e8 e20 e4 e16 d0 d12 d4 c0 c12 a0 a4 c4 c16"),
+    (5, 1, 2, "e8 e4 d0 d4 d8 d24 e0 b16 a4 a8 a20 d16 d0 a16"),
+])
+def test_the_order_is_that_of_earlier_versions(npz, monkeypatch, seed, rank, world_size, order):
+    """Clips 0 to 7 and 34 to 39: or old checkpoints would resume with other clips than would have
+    followed."""
+    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 2)
+    cfg = data_recipe(npz, f"--seed={seed}", "--data.shuffle_buffer=4")
+    loader = clips.Clips(droid.open_source(cfg), cfg, "train", True, rank, world_size)
+    seen = [f"{name}{start}" for name, start in which(take(loader, 40))]
+    assert seen[:8] + seen[34:] == order.split()
+    assert loader.state_dict() == {
+        "round": 3 * world_size, "index": 6 * world_size, "count": 40 * world_size}

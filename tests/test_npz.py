@@ -1,0 +1,90 @@
+"""Trajectories in .npz files: read without TensorFlow, and what happens to bad ones."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import droid
+from parity import SHARED
+from small import all_clips, data_recipe, flip, take, which, write_trajectories
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return write_trajectories(tmp_path_factory.mktemp("npz"))
+
+
+def test_they_are_read_without_tensorflow(npz):
+    code = ("import sys, config, droid; cfg = config.load(['config.yaml', sys.argv[1], "
+            "'--data.frame_step=1', '--data.clip_frames=4', '--model.size=tiny']); "
+            "next(iter(droid.create_dataloader(cfg))); assert 'tensorflow' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, f"--data.path={npz}"], check=True)
+
+
+FRAMES = np.zeros((30, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("arrays, says", [
+    (dict(observations=FRAMES), "has no array 'states', only observations"),
+    (dict(observations=FRAMES.astype(float), states=np.zeros((30, 7))),
+     "observations are float64"),
+    (dict(observations=FRAMES, states=np.zeros((29, 7))), "30 images and 29 states"),
+    (dict(observations=FRAMES, states=np.zeros((30, 6))), r"states are [30, 6]"),
+    (dict(observations=FRAMES, states=np.full((30, 7), np.inf)), "pose of step 0 is not finite"),
+    (None, "bad.npz"),
+])
+def test_a_bad_one_is_left_out_counted_and_named(npz, tmp_path, capsys, arrays, says):
+    (tmp_path / "ep_a.npz").write_bytes((npz / "ep_a.npz").read_bytes())
+    if arrays is None:
+        (tmp_path / "bad.npz").write_bytes((npz / "ep_b.npz").read_bytes()[:-300])
+    else:
+        np.savez(tmp_path / "bad.npz", **arrays)
+    loader = droid.create_dataloader(data_recipe(tmp_path), shuffle=False)
+    assert which(take(loader, 1000)) == all_clips("a") and "1 damaged" in loader.report()
+    err = capsys.readouterr().err
+    assert "left out: bad.npz" in err and says in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="more than 0 damaged"):
+        cfg = data_recipe(tmp_path, "--data.max_bad_episodes=0")
+        next(iter(droid.create_dataloader(cfg)))
+
+
+def test_images_damaged_inside_are_found_when_read(npz, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"ep_{name}.npz").write_bytes((npz / f"ep_{name}.npz").read_bytes())
+    flip(tmp_path / "ep_b.npz", 40_000)
+    loader = droid.create_dataloader(data_recipe(tmp_path))
+    assert sorted(set(which(take(loader, 40)))) == all_clips("a")
+    assert capsys.readouterr().err.count("left out: ep_b.npz") == 1
+    (tmp_path / "ep_a.npz").unlink()
+    with pytest.raises(ValueError, match="no clip for train"):
+        next(iter(droid.create_dataloader(data_recipe(tmp_path))))
+
+
+def test_images_are_read_once_for_all_clips_and_only_when_asked_for(npz, monkeypatch):
+    loads, load = [], np.load
+
+    def counted(file):
+        loads.append(file)
+        return load(file)
+    monkeypatch.setattr(np, "load", counted)
+    source = droid.open_source(data_recipe(npz))
+    episode, = source.episodes(source.files[0])
+    assert len(loads) == 1 and episode.images.frames is None        # the poses
+    clips = [source.decode(source.gather(episode.images, start)) for start in (0, 4)]
+    assert len(loads) == 2 and torch.equal(clips[0][:, 2:], clips[1][:, :2])
+
+
+def test_the_real_franka_pair():
+    file = SHARED / "data/franka_example_traj.npz"
+    if not file.exists():
+        pytest.skip("the Franka pair is not here")
+    cfg = data_recipe(file, "--model.size=vitg", "--data.clip_frames=2", "--data.frame_step=1",
+                      "--rollout=1")
+    batch = next(iter(droid.create_dataloader(cfg)))
+    frames = torch.from_numpy(np.load(file)["observations"][0]).permute(3, 0, 1, 2)
+    assert torch.equal(batch["frames"][0], frames)
+    expected = [0.0923694, 0.0309872, 0.0842796, -0.0171648, -0.0099991, -2.407e-05, 0]
+    assert batch["actions"][0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert (batch["actions"][0, 1] == 0).all()
