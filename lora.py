@@ -1,13 +1,12 @@
 """Low-rank adapters (arXiv:2106.09685), by hand: inject, save, load, merge.
 
-    names = lora.inject(predictor, rank=16, alpha=32)   # freezes it and adapts 96 layers of ViT-g's
-    lora.save("step_1000", predictor)                   # adapter_model.safetensors + .json
-    lora.load(predictor, "step_1000")                   # injects where needed; reads PEFT's folders
+    names = lora.inject(predictor, rank=16, alpha=32)   # freezes it, adapts 96 layers of ViT-g's
+    lora.save("step_1000", predictor)                   # a PEFT folder
+    lora.load(predictor, "step_1000")                   # injects where needed
 
 A layer computes y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ with W and b frozen, A random and B zero at the
 start, so that training starts at the base model. s is alpha / √rank (rank-stabilised,
-arXiv:2312.03732) or alpha / rank. Adapters are float32 whatever the base is. The folder is PEFT's,
-so `PeftModel.from_pretrained` reads it.
+arXiv:2312.03732) or alpha / rank. Adapters are float32 whatever the base is. Folders are PEFT's.
 """
 import io
 import json
@@ -21,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from config import LoraConfig
 from files import write_file, write_safetensors
 
+
 PREFIX = "base_model.model."        # PEFT puts it before every module name
 
 
 class LoRALinear(nn.Linear):
-    """y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ, sharing W and b with the layer that it replaces, so that
-    checkpoint names stay as they are."""
+    """y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ. It shares the tensors W and b with the layer that it
+    replaces, so checkpoint names stay as they are."""
 
     def __init__(self, base, rank, scale, dropout):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -95,8 +95,8 @@ def _plain_linear(layer, weight):
 def merge(module):
     """Replaces every adapted layer by a plain nn.Linear with W + s · B A, computed in float32.
 
-    Returns {name: adapted layer} for `unmerge`; drop it to free the memory. Raises ValueError
-    unless the base is float32: rounding the sum to bf16 would lose most of a small update."""
+    Returns {name: adapted layer} for `unmerge`. Raises ValueError unless the base is float32:
+    rounding the sum to bf16 would lose most of a small update."""
     layers = adapted_layers(module)
     for name, layer in layers.items():
         if layer.weight.dtype != torch.float32:
@@ -117,7 +117,7 @@ def unmerge(module, layers):
 @torch.no_grad()
 def update_norm(module):
     """||s B A|| / ||W|| over all adapted layers: the size of the update; 0 without any."""
-    update = weights = 0.0
+    update, weights = 0.0, 0.0
     for layer in adapted_layers(module).values():
         A, B = layer.lora_A.double(), layer.lora_B.double()
         # ||B A||² = sum(BᵀB ∘ AAᵀ): rank × rank, where B A would be as large as W.
@@ -135,7 +135,7 @@ def adapter_state(module):
 
 
 def save(folder, module, base=""):
-    """Writes the adapters of `module` as a PEFT folder. Raises OSError if the disk is full."""
+    """Writes the adapters of `module` as a PEFT folder. Raises OSError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in adapter_files(module, base).items():
         write_file(Path(folder) / name, data)
@@ -144,8 +144,7 @@ def save(folder, module, base=""):
 def adapter_files(module, base=""):
     """{file name: bytes} of the PEFT folder of `module`'s adapters; equal adapters, equal bytes.
 
-    base: path or name of the base model, for the reader. The base's fingerprint goes into the
-    safetensors header, where `load` checks it."""
+    base: path or name of the base model. Its fingerprint goes into the header; `load` checks it."""
     lora = module.lora_config
     peft = dict(peft_type="LORA", task_type=None, inference_mode=True,
                 base_model_name_or_path=base, r=lora.rank, lora_alpha=lora.alpha,
@@ -160,7 +159,6 @@ def adapter_files(module, base=""):
 
 def read(folder):
     """(adapter_config.json, {PEFT's name: tensor}, the base's fingerprint or "") of a PEFT folder.
-
     Raises ValueError if the folder is incomplete or no plain LoRA."""
     folder = Path(folder)
     try:
@@ -172,8 +170,8 @@ def read(folder):
         raise ValueError(f"{folder}: not an adapter folder: adapter_config.json and "
                          "adapter_model.safetensors must be in it") from None
     except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the adapter is cut short or damaged ({error}); "
-                         "copy it again") from None
+        raise ValueError(f"{folder}: the adapter is cut short or damaged ({error}); copy it again"
+                         ) from None
     extras = [key for key in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern",
                               "alpha_pattern", "fan_in_fan_out") if peft.get(key)]
     if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or extras:
@@ -186,8 +184,8 @@ def read(folder):
 def load(module, folder):
     """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if it has none.
 
-    Raises ValueError, before anything is changed, if the folder is incomplete, is no plain LoRA,
-    was trained on another base, or has other layers or another rank than those already there."""
+    Raises ValueError, before anything is changed, if the folder is incomplete, no plain LoRA, of
+    another base, or has other layers or another rank than those already there."""
     peft, state, base = read(folder)
     ours = getattr(module, "base_fingerprint", "")
     if base and ours and base != ours:

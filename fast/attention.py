@@ -9,6 +9,7 @@ import math
 
 import torch
 
+
 # Rows of a kernel's program, of patches and of action and state tokens: the fastest on an H100,
 # and small enough for the shared memory of smaller cards.
 BLOCK, BLOCK_CONDITIONS = 64, 32

@@ -1,18 +1,19 @@
 """Triton kernels of the backward pass of adapted layers: gradient and rank-r products in one pass.
 
-fast/merged_lora.py calls these. For an adapted layer with low_rank = x Aᵀ [M, R], the gradient d [M, F] of
-its output (M tokens, F features, R the rank) enters two products: d B [M, R], which leads to A's
-gradient, and dᵀ low_rank [F, R], which is B's. Both are memory-bound: as matmuls of their own they
-would read d, which is wide, twice more. Here d is multiplied while it is still in registers.
+fast/merged_lora.py calls these. For an adapted layer with low_rank = x Aᵀ [M, R], the gradient
+d [M, F] of its output (M tokens, F features, R the rank) enters two products: d B [M, R], which
+leads to A's gradient, and dᵀ low_rank [F, R], which is B's. Both are memory-bound: as matmuls of
+their own they would read d, which is wide, twice more. Here d is multiplied while it is still in
+registers.
 
                    COLUMNS of F
-    d [M, F]   +------+------+-- ... --+
-               |      |      |         |     A program makes the tiles of d, ROWS x COLUMNS, of one
-       `each`  | tile |      |         |     block of columns and one range of `each` rows, from
-       rows    | tile |      |         |     top to bottom, out of the gradient that comes from the
-               |  ... |      |         |     operation after the layer (GELU, RoPE), and writes them.
+    d [M, F]   +------+------+-- ... --+    A program makes one block of columns in one range of
+               |      |      |         |    `each` rows, tile by tile (ROWS x COLUMNS) from top to
+       `each`  | tile |      |         |    bottom: the gradient behind the layer's GELU or RoPE
+       rows    | tile |      |         |    is read, taken through that operation, multiplied and
+               | ...  |      |         |    written.
                +------+------+-- ... --+
-               |      |      |         |     Sums over rows stay in registers until the range ends.
+               |      |      |         |    Sums over rows stay in registers until the range ends.
                +------+------+-- ... --+
 
 So each product comes as partial sums, which the caller adds up: RowSums [F / COLUMNS, M, R] of d B,
@@ -20,8 +21,8 @@ one for each block of columns, and ColumnSums [ranges of rows, F, R] of dᵀ low
 would need no such buffers, but add in another order each time: training would not be repeatable.
 
 The grid is (F / COLUMNS, ranges of rows). RANK is R, filled up to a power of two of at least 16,
-which the tensor cores need. Capitals that are no sizes are pointers to tensors; these are
-contiguous, row by row, where no strides are given.
+which the tensor cores need. Capitals are pointers to tensors or, as in the diagram, sizes; tensors
+without strides are contiguous, row by row.
 """
 import triton
 import triton.language as tl
@@ -55,7 +56,7 @@ def gelu_backward(DOut, Hidden, DHidden, B, LowRank, A, DLowRank, RowSums, Colum
 
         # GELU(x) = x * cdf(x), and GELU'(x) = cdf(x) + x * density(x), of the standard normal
         # distribution. The cdf by a polynomial, to 1e-7 (Abramowitz and Stegun, 7.1.26), as in
-        # `polynomial_gelu`: the library's error function takes longer than reading x.
+        # gelu.polynomial_gelu: the library's error function takes longer than reading x.
         gaussian = tl.exp(-0.5 * x * x)
         t = 1 / (1 + 0.23164189 * tl.abs(x))
         tail = -0.7265760135 + t * 0.5307027145
@@ -130,10 +131,8 @@ def heads_backward(DQ, DK, DV, q_batch, q_row, k_batch, k_row, v_batch, v_row, C
         tl.store(DQkv + rows[:, None] * (3 * D) + columns[None, :], d, mask=valid)
 
         offsets = rows[:, None] * R + ranks[None, :]
-        low_rank = tl.load(LowRank + offsets, mask=valid & in_rank, other=0.0)  # [ROWS, RANK]
-        d_b = tl.dot(tl.trans(d), low_rank, d_b)
+        d_b = tl.dot(tl.trans(d), tl.load(LowRank + offsets, mask=valid & in_rank, other=0.0), d_b)
         tl.store(RowSums + block.to(tl.int64) * M * R + offsets,
                  tl.dot(d, b).to(RowSums.dtype.element_ty), mask=valid & in_rank)
 
-    offsets = (part * 3 * D + columns[:, None]) * R + ranks[None, :]
-    tl.store(ColumnSums + offsets, d_b, mask=in_rank)
+    tl.store(ColumnSums + (part * 3 * D + columns[:, None]) * R + ranks[None, :], d_b, mask=in_rank)

@@ -10,6 +10,7 @@ import torch
 
 import model
 
+
 GIB = 2 ** 30
 
 # Share of the budget that `estimate` may fill: the rest goes to fragmentation and to workspaces
@@ -22,7 +23,7 @@ MAX_CLIPS = 8
 # Measured on an H100 with ViT-g in bf16 (python -m bench.speed), and so chosen that `estimate` is
 # never below the measured peak. Widths: numbers per token in multiples of the network's width.
 BLOCK_WIDTHS = 12           # widths that a compiled block of the predictor keeps for backward
-EAGER_BLOCK_WIDTHS = 20     # widths that it keeps when it is not compiled
+PLAIN_BLOCK_WIDTHS = 28     # widths that a plain one keeps (--compile=false): LoRA's inputs too
 ENCODER_WIDTHS = 14         # widths in use inside one block of the encoder, which keeps nothing
 LATENT_BYTES = 24           # bytes per number of the latents, for all that has their shape
 OVERHEAD = 0.6 * GIB        # bytes, whatever the sizes: workspaces of the libraries
@@ -40,14 +41,6 @@ def cap_gpu_memory(cfg, device):
     return cfg
 
 
-def free_bytes(cfg, device):
-    """Bytes of GPU memory that may still be allocated, within cfg.memory GiB if that is set."""
-    free = torch.cuda.mem_get_info(device)[0]
-    if cfg.memory:
-        free = min(free, cfg.memory * GIB - torch.cuda.memory_allocated(device))
-    return free
-
-
 def estimate(cfg, clips, checkpointing, compiled=True):
     """Peak bytes of training with micro-batches of `clips` clips, from the sizes alone.
 
@@ -62,7 +55,7 @@ def estimate(cfg, clips, checkpointing, compiled=True):
     encoder, predictor = (sum(p.numel() for p in network.parameters())
                           for network in model.empty_networks(cfg.model.size))
     # fast/ keeps a merged copy of a block's adapted matrices, which have 3 + 1 + 4 + 4 = 12 P².
-    merged = 12 * depth * P ** 2
+    merged = 12 * depth * P ** 2 if compiled else 0
     weights = item * (predictor + merged + (encoder if from_frames else 0))
     # Weights, gradients and Adam's two moments in float32: 16 bytes. The inputs and outputs of the
     # four matrices have 16 P together, rounded up to 18.
@@ -71,7 +64,7 @@ def estimate(cfg, clips, checkpointing, compiled=True):
     # Teacher forcing, then each further step of the rollout, which takes one frame at a time.
     tokens = clips * (N + 2) * (T - 1 + max(0, cfg.rollout - 1))
     width = tokens * P * item
-    block = width * (BLOCK_WIDTHS if compiled else EAGER_BLOCK_WIDTHS)
+    block = width * (BLOCK_WIDTHS if compiled else PLAIN_BLOCK_WIDTHS)
     if checkpointing:
         # The inputs of all blocks, and one block at a time that is being recomputed.
         activations = width * depth + block

@@ -21,6 +21,7 @@ from fast.gelu import gelu
 from lora import LoRALinear
 from vjepa2_src.blocks import apply_rope
 
+
 # Programs of a kernel on each multiprocessor, and their tiles: from a sweep on an H100.
 PROGRAMS = 4
 GELU_TILE = dict(ROWS=32, COLUMNS=128, num_warps=4, num_stages=2)

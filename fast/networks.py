@@ -156,7 +156,9 @@ class FastPredictor(Predictor):
         if T > 1 and not use_kernels:
             mask = patches_first_mask(T, n_past, N, z.device)
 
-        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        # In training alone: planning by gradient is in eval mode and small.
+        checkpointing = (self.activation_checkpointing and self.training
+                         and torch.is_grad_enabled())
         kept = []
         for block, block_past in zip(self.predictor_blocks, past or repeat(None)):
             if checkpointing:

@@ -2,4 +2,5 @@
 from vjepa2_src.encoder import Encoder
 from vjepa2_src.predictor import Predictor
 
+
 __all__ = ["Encoder", "Predictor"]

@@ -9,7 +9,7 @@ from vjepa2_src.blocks import Block, init_weights, rope_table
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a clip into tubelets and projects each: a 3-D convolution whose stride is its kernel."""
+    """Cuts a clip into tubelets and projects each: a 3-D convolution without overlap."""
 
     def __init__(self, dim, patch, tubelet):
         super().__init__()

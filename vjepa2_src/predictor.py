@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from vjepa2_src.blocks import Block, init_weights, rope_table
 
+
 N_COND = 2          # condition tokens per time step: the action and the state
 
 
