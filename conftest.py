@@ -1,16 +1,23 @@
-"""One thread a process: the networks of the tests are small, and threads that wait for a busy core cost minutes."""
+"""For all tests: one thread a process, and the small base checkpoint.
+
+The tests' networks are small: more threads gain nothing, and threads that wait for a busy core cost
+minutes.
+"""
 import os
 from contextlib import suppress
 
 import pytest
 
+
+# Before TensorFlow, for the reason in droid.tensorflow.
 with suppress(ImportError):
-    import triton  # noqa: F401 — before TensorFlow, as in droid.tensorflow
+    import triton  # noqa: F401
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
+    # Here, so that PyTorch is imported after the variable above was set.
     import small
     return small.write(tmp_path_factory.mktemp("base"))

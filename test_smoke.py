@@ -1,4 +1,5 @@
-"""The README's commands, small: the toy's whole story, training from the command line, resuming, two processes."""
+"""The README's commands, small: the toy, training from the command line, resuming, two processes,
+landscapes, the package."""
 import json
 import os
 import subprocess
@@ -15,133 +16,171 @@ import model
 import tabletop
 import toy
 import train
-from latents import Latents
+from checkpoint import saved_steps
+from episodes.stored import StoredLatents
+
 
 pytest.importorskip("tensorflow")
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """`python toy.py`, cut short: fewer episodes, steps and pairs, the same code. Half a minute or so."""
+def experiment(tmp_path_factory):
+    """`python toy.py`, cut short: fewer episodes, steps and pairs, the same code. Half a minute or
+    so. Yields the folder and what `run_experiment` returns."""
     out, threads = tmp_path_factory.mktemp("toy"), torch.get_num_threads()
     torch.set_num_threads(1)                # as toy.py does
-    seen = toy.story(out, n_episodes=60, encoder_steps=150, predictor_steps=450, overrides=[
-        "--max_steps=150", "--save_every=150", "--val_every=150", "--decay_steps=50", "--batch_size=24", "--energy.pairs=12",
-        "--energy.grid=11", "--energy.cem_samples=24", "--energy.cem_iterations=4"])
+    results = toy.run_experiment(
+        out, n_episodes=60, encoder_steps=150, predictor_steps=450, overrides=[
+            "--max_steps=150", "--save_every=150", "--val_every=150", "--decay_steps=50",
+            "--batch_size=24", "--energy.pairs=12", "--energy.grid=11", "--energy.cem_samples=24",
+            "--energy.cem_iterations=4"])
     torch.set_num_threads(threads)
-    return out, seen
+    return out, results
 
 
-def test_the_science(story):
-    """What toy.py is about, with room for other machines. In brackets what seeds 0, 1 and 2 gave so cut short; 0 is run here.
+def test_the_science(experiment):
+    """What toy.py is about, with room for other machines. In brackets what seeds 0, 1 and 2 gave so
+    cut short; 0 is run here.
 
-    Each of these was broken once and failed here: the rollout of the training loss (val_rollout 1.15 of val_teacher_forcing), the
-    rollout of the analysis (which is the loss's, computed anew), an adapter that is saved but not loaded (LoRA no better than the base model),
-    x and y swapped in the landscapes (base model on A 14.7 cm) or in the training data (turned error 13.6), latents stored without
-    their layer norm (the last lines)."""
-    out, (A, B, result_A, result_B) = story
+    Each of these was broken once and failed here: the rollout of the training loss (val_rollout
+    1.15 of val_teacher_forcing), the rollout of the analysis (which is the loss's, computed anew),
+    an adapter that is saved but not loaded (LoRA no better than the base model), x and y swapped in
+    the landscapes (base model on A 14.7 cm) or in the training data (turned error 13.6), latents
+    stored without their layer norm (the last lines)."""
+    out, (A, B, result_A, result_B) = experiment
 
-    def number(result, name, which, group="xy"):
-        return result["checkpoints"][name]["numbers"][group][which]["mean"]
+    def mean(result, name, metric, group="xy"):
+        return result["checkpoints"][name]["numbers"][group][metric]["mean"]
 
-    assert number(result_A, "baseline", "argmin_error") < 6.8                               # cm [4.9, 5.0, 5.2]
-    assert number(result_A, "baseline", "spearman") > 0.42                                  # [.64, .53, .65]
-    assert number(result_B, "baseline", "argmin_error") > 7.5                               # cm [9.7, 10.7, 12.3]
-    assert number(result_B, "baseline", "spearman") < 0.45                                  # [.28, .20, .11]
-    assert toy.turned_error(B).mean() < number(result_B, "baseline", "argmin_error") - 1    # cm [4.5, 7.6, 8.5]
-    assert number(result_B, "step_150", "argmin_error") < 6.3                               # cm [2.9, 4.7, 4.2]
-    assert number(result_B, "step_150", "spearman") > 0.5                                   # [.75, .67, .68]
-    assert number(result_B, "step_150", "error", "cem 1") < 9                               # cm [5.8, 5.9, 7.2]
-    assert number(result_B, "shuffled_control", "argmin_error") > 9.5                       # cm [12.4, 14.5, 13.8]
-    assert number(result_B, "shuffled_control", "spearman") < 0.4                           # [.18, .15, .18]
-    assert number(result_B, "step_150", "shuffle_ratio", "model") > 1.12                    # [1.30, 1.27, 1.28]
-    last = [json.loads(line) for line in (out / "lora/metrics.jsonl").read_text().splitlines()][-1]
-    assert last["val_rollout"] < 1.11 * last["val_teacher_forcing"]                         # [1.05, 1.06, 1.06]
-    cfg = toy.recipe(out, f"--data.latents={out}/latents_data", "--energy.pairs=12")
+    base, last, control = "baseline", "step_150", "shuffled_control"
+    # distances in cm
+    assert mean(result_A, base, "argmin_error") < 6.8                       # [4.9, 5.0, 5.2]
+    assert mean(result_A, base, "spearman") > 0.42                          # [.64, .53, .65]
+    assert mean(result_B, base, "argmin_error") > 7.5                       # [9.7, 10.7, 12.3]
+    assert mean(result_B, base, "spearman") < 0.45                          # [.28, .20, .11]
+    turned = toy.turned_error(B).mean()
+    assert turned < mean(result_B, base, "argmin_error") - 1                # [4.5, 7.6, 8.5]
+    assert mean(result_B, last, "argmin_error") < 6.3                       # [2.9, 4.7, 4.2]
+    assert mean(result_B, last, "spearman") > 0.5                           # [.75, .67, .68]
+    assert mean(result_B, last, "error", "cem 1") < 9                       # [5.8, 5.9, 7.2]
+    assert mean(result_B, control, "argmin_error") > 9.5                    # [12.4, 14.5, 13.8]
+    assert mean(result_B, control, "spearman") < 0.4                        # [.18, .15, .18]
+    assert mean(result_B, last, "shuffle_ratio", "model") > 1.12            # [1.30, 1.27, 1.28]
+    metrics = [json.loads(line) for line in (out / "lora/metrics.jsonl").read_text().splitlines()]
+    ratio = metrics[-1]["val_rollout"] / metrics[-1]["val_teacher_forcing"]
+    assert ratio < 1.11                                                     # [1.05, 1.06, 1.06]
+
+    stored = f"--data.latents={out}/latents_data"
     encoder, predictor = model.load(out / "base.pt", tabletop.SIZE)
     lora.load(predictor, out / "lora/step_150")
-    for pair, clip in enumerate(energy.read_clips(cfg)):
-        losses = model.WorldModel(encoder, predictor.eval()).losses(*(clip[key][None].float() for key in ("h", "actions", "states")))
-        assert B["horizon_l1"][2, pair].mean() == pytest.approx(losses["rollout"].item(), rel=1e-4)
-    h = next(Latents(toy.recipe(out, f"--data.latents={out}/latents_data")).episodes("0")).images
+    world = model.WorldModel(encoder, predictor.eval())
+    for pair, clip in enumerate(energy.read_clips(toy.recipe(out, stored, "--energy.pairs=12"))):
+        h, actions, states = (clip[key][None].float() for key in ("h", "actions", "states"))
+        rollout = world.losses(h, actions, states)["rollout"].item()
+        assert B["horizon_l1"][2, pair].mean() == pytest.approx(rollout, rel=1e-4)
+    h = next(StoredLatents(toy.recipe(out, stored)).episodes("0")).images
     assert h.mean(-1).abs().max() < 1e-3 and (h.var(-1, correction=0) - 1).abs().max() < 1e-2
 
 
-def test_the_toy_leaves_what_it_says(story, capsys):
-    out, seen = story
-    assert {"data", "base.pt", "lora", "control", "shuffled_control", "latents_data", "energy_A", "energy_B", "landscapes.png",
-            "comparison.json", "checkpoints_for_colab.zip"} <= {path.name for path in out.iterdir()}
-    assert train.saved_steps(out / "lora") == [100, 150]
-    steps = [json.loads(line)["step"] for line in (out / "lora/metrics.jsonl").read_text().splitlines()]
+def test_the_toy_leaves_what_it_says(experiment, capsys):
+    out, results = experiment
+    assert {"data", "base.pt", "lora", "control", "shuffled_control", "latents_data", "energy_A",
+            "energy_B", "landscapes.png", "comparison.json", "checkpoints_for_colab.zip"
+            } <= {path.name for path in out.iterdir()}
+    assert saved_steps(out / "lora") == [100, 150]
+    lines = (out / "lora/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
     encoder, predictor = model.load(out / "base.pt", tabletop.SIZE)
     lora.load(predictor, out / "lora/step_150")
-    assert all(layer.lora_B.abs().sum() > 0 for layer in lora._adapted(predictor).values())
-    assert seen[3]["controls"]["null"] == 0 and not [line for line in seen[3]["remarks"] if line.startswith("WARNING")]
-    toy.tell(*seen)
+    layers = lora.adapted_layers(predictor).values()
+    assert layers and all(layer.lora_B.abs().sum() > 0 for layer in layers)
+    comparison = results[3]
+    assert comparison["controls"]["null"] == 0
+    assert not [line for line in comparison["remarks"] if line.startswith("WARNING")]
+    toy.print_summary(*results)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 6 + 1 + 5 and "nan" not in " ".join(lines) and "None" not in " ".join(lines)
+    assert len(lines) == 6 + 1 + 5          # the table, an empty line, the sentences
+    assert "nan" not in " ".join(lines) and "None" not in " ".join(lines)
     assert plt.imread(out / "landscapes.png").shape[1] == 2100
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
-    short = ["--max_steps=4", "--decay_steps=2", "--warmup_steps=1", "--val_every=0", "--data.val_fraction=0.3", "--energy.pairs=2", "--energy.planes=[xy]",
-             "--energy.grid=5", "--energy.cem_samples=4", "--energy.cem_iterations=1", "--energy.cem_elites=2"]
+    short = ["--max_steps=4", "--decay_steps=2", "--warmup_steps=1", "--val_every=0",
+             "--data.val_fraction=0.3", "--energy.pairs=2", "--energy.planes=[xy]",
+             "--energy.grid=5", "--energy.cem_samples=4", "--energy.cem_iterations=1",
+             "--energy.cem_elites=2"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs = [toy.story(tmp_path / name, seed, 12, 4, 8, short)[:2] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    runs = [toy.run_experiment(tmp_path / name, seed, 12, 4, 8, short)[:2]
+            for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     torch.set_num_threads(threads)
-    same = [all(np.array_equal(x["energy_xy"], y["energy_xy"]) for x, y in zip(runs[0], run)) for run in runs]
+    same = [all(np.array_equal(x["energy_xy"], y["energy_xy"]) for x, y in zip(runs[0], run))
+            for run in runs]
     assert same == [True, True, False]
 
 
-def command(story, *args, processes=0):
-    out = story[0]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    result = subprocess.run(
-        [sys.executable, *launch, "train.py", "config.yaml", "toy.yaml", f"--data.path={out}/data", "--val_every=2",
-         f"--model.checkpoint={out}/base.pt", "--batch_size=4", "--val_batches=2", "--log_every=1", *args],
+# The command line
+
+def run_train(experiment, *args, processes=0):
+    """train.py on the toy's records and base model."""
+    out = experiment[0]
+    launch = []
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *launch, "train.py", "config.yaml", "tabletop/toy.yaml",
+         f"--data.path={out}/data", "--val_every=2", f"--model.checkpoint={out}/base.pt",
+         "--batch_size=4", "--val_batches=2", "--log_every=1", *args],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=110)
-    return result
 
 
-def test_the_command_line_trains_resumes_and_refuses_to_mix_runs(story, tmp_path):
-    run = f"--out_dir={tmp_path / 'run'}"
-    first = command(story, run, "--max_steps=3", "--decay_steps=1", "--optimizer=adamw8bit", "--precision=bf16")
+def test_the_command_line_trains_resumes_and_refuses_to_mix_runs(experiment, tmp_path):
+    run = [f"--out_dir={tmp_path / 'run'}", "--decay_steps=1", "--optimizer=adamw8bit",
+           "--precision=bf16"]
+    first = run_train(experiment, *run, "--max_steps=3")
     assert first.returncode == 0, first.stderr
-    assert "65,536 trainable in 8 adapted layers" in first.stdout and train.saved_steps(tmp_path / "run") == [3]
-    again = command(story, run, "--max_steps=5", "--decay_steps=1", "--optimizer=adamw8bit", "--precision=bf16")
-    assert again.returncode == 1 and "go on with --resume" in again.stderr and "Traceback" not in again.stderr
-    more = command(story, run, "--max_steps=5", "--decay_steps=1", "--optimizer=adamw8bit", "--precision=bf16", "--resume")
+    assert "65,536 trainable in 8 adapted layers" in first.stdout
+    assert saved_steps(tmp_path / "run") == [3]
+    again = run_train(experiment, *run, "--max_steps=5")
+    assert again.returncode == 1
+    assert "go on with --resume" in again.stderr and "Traceback" not in again.stderr
+    more = run_train(experiment, *run, "--max_steps=5", "--resume")
     assert more.returncode == 0 and "from step 3 to 5" in more.stdout, more.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    logged = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+    assert logged == [1, 2, 3, 4, 5]
 
 
-def test_torchrun_trains_on_records_with_two_processes(story, tmp_path):
-    result = command(story, f"--out_dir={tmp_path / 'run'}", "--max_steps=2", "--decay_steps=1", processes=2)
+def test_torchrun_trains_on_records_with_two_processes(experiment, tmp_path):
+    result = run_train(experiment, f"--out_dir={tmp_path / 'run'}", "--max_steps=2",
+                       "--decay_steps=1", processes=2)
     assert result.returncode == 0, result.stderr
     assert "4 clips x 1 micro-batches x 2 ranks = 8 clips a step" in result.stdout
-    assert train.saved_steps(tmp_path / "run") == [2]
+    assert saved_steps(tmp_path / "run") == [2]
 
 
-def test_landscapes_and_the_package_from_the_command_line(story, tmp_path):
+def test_landscapes_and_the_package_from_the_command_line(experiment, tmp_path):
     """energy.py and export.py package on the toy's run, on records, as the README gives them."""
-    out, here = story[0], os.getcwd()
+    out, here = experiment[0], os.getcwd()
 
     def python(*args):
-        result = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, timeout=110,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        result = subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True,
+                                text=True, timeout=110, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    text = python(f"{here}/energy.py", f"{here}/config.yaml", f"{here}/toy.yaml", f"--adapters={out}/lora/step_150",
-                  f"--data.path={out}/data", f"--model.checkpoint={out}/base.pt", f"--out_dir={tmp_path}/run", "--energy.pairs=4", "--energy.planes=[xy]",
-                  "--energy.planners=[cem]", "--energy.cem_iterations=2")
+    text = python(f"{here}/energy.py", f"{here}/config.yaml", f"{here}/tabletop/toy.yaml",
+                  f"--adapters={out}/lora/step_150", f"--data.path={out}/data",
+                  f"--model.checkpoint={out}/base.pt", f"--out_dir={tmp_path}/run",
+                  "--energy.pairs=4", "--energy.planes=[xy]", "--energy.planners=[cem]",
+                  "--energy.cem_iterations=2")
     assert "Δx–Δy" in text and "step_150" in text and "WARNING" not in text
-    assert json.loads((tmp_path / "run/energy/comparison.json").read_text())["controls"]["null"] == 0
+    comparison = json.loads((tmp_path / "run/energy/comparison.json").read_text())
+    assert comparison["controls"]["null"] == 0
     python(f"{here}/export.py", "package", f"{out}/lora", "--steps=0,150", "--trajectories=4")
-    assert "steps [0, 150]" in python(f"{here}/export.py", "verify", "checkpoints_for_colab.zip")
+    verified = python(f"{here}/export.py", "verify", "checkpoints_for_colab.zip")
+    assert "steps [0, 150]" in verified
 
 
 def test_help_is_the_manual(capsys):

@@ -1,21 +1,22 @@
-"""A tabletop world with a known answer: the whole story on a CPU, without any download.
+"""The whole pipeline on a small world whose right answer is known, on a CPU, without downloads.
 
-    python toy.py                   # data, base model, adapters, landscapes: into runs/toy; two minutes
+    python toy.py                   # two minutes; everything goes into runs/toy
 
-A small world model learns a robot arm from camera A. Camera B stands a quarter turn further around
-the table: seen from there the base model reads actions along the wrong axes, and the minimum of its
-energy lies at the turned action. LoRA on the predictor, trained on camera B, brings it back; the
-same LoRA trained on the actions of other episodes does not.
+A small world model learns to predict a robot arm as camera A sees it. Seen from camera B, a quarter
+turn around the table, it reads actions along the wrong axes: the minimum of its energy lies at the
+turned action. LoRA on the predictor, trained on camera B, moves the minimum to the true action; the
+same LoRA trained on the actions of other episodes, the control, does not.
 
-Nothing here is special-cased elsewhere: the arm's clips are TFRecords in DROID's schema, the base
-model is a checkpoint in the released file's layout, and both go through the same droid.py,
-latents.py, train.py, energy.py and export.py as the real ones. In runs/toy:
+No script treats the toy as a special case: its clips are TFRecords in DROID's schema, its base
+model is a checkpoint in the released file's layout, and droid.py, latents.py, train.py, energy.py
+and export.py process them like the real ones. In runs/toy:
 
-    landscapes.png, comparison.json       what was seen
-    data/r2d2_faceblur-train.tfrecord-*   exterior_image_1_left is camera A, _2_left is camera B
+    landscapes.png, comparison.json       the results
+    data/r2d2_faceblur-train.tfrecord-*   camera A is exterior_image_1_left, camera B ..._2_left
     base.pt                               a --model.checkpoint of size tabletop.SIZE
-    lora/, control/                       run folders of toy.yaml, without and with shuffled actions
-    energy_A/, energy_B/                  what energy.py writes, for clips of each camera; its figures come with
+    lora/, control/                       run folders, trained with the recipe tabletop/toy.yaml
+    energy_A/, energy_B/                  what energy.py writes for clips of each camera, without
+                                          the figures; these are drawn with
                                           python energy.py --from=runs/toy/energy_B/landscapes.npz
     checkpoints_for_colab.zip             the package
 """
@@ -24,7 +25,6 @@ import json
 import shutil
 import sys
 import time
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,172 +35,261 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.interpolate import RegularGridInterpolator
 
-from analysis import compare
 import config
-import files
 import energy
 import export
-from analysis import figures
+import files
 import latents
+import tabletop
 import train
-from tabletop import CAMERA_A, CAMERA_B, CAMERAS, make_episodes, pretrain, write_rlds
+from analysis import compare, figures
+from checkpoint import saved_steps
+from tabletop import CAMERA_A, CAMERA_B
+
 
 OUT = Path("runs/toy")
+RECIPE = Path(__file__).with_name("tabletop") / "toy.yaml"
+EPISODE_LENGTH = 27             # recorded frames
+N_SHARDS = 4
+TURNED_MARKER = dict(marker="D", ms=3.5, mfc="none", mec="#56B4E9", mew=1)
 
 
-def recipe(out, *overrides):
-    """toy.yaml, with everything in `out`."""
-    return config.load([str(Path(__file__).with_name("toy.yaml")), f"--out_dir={out}/lora", f"--data.path={out}/data",
-                        f"--model.checkpoint={out}/base.pt", *overrides])
+# The experiment
 
+def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor_steps=1600,
+                   overrides=()):
+    """Everything from the data to the figure, into `out`.
 
-def prepare(out, seed, n_episodes, encoder_steps, predictor_steps):
-    """Writes data/ (all cameras), shuffled/ (camera B's images under the poses of other episodes) and base.pt."""
-    episodes = make_episodes(np.random.default_rng(1 + seed), n_episodes, length=27)
-    write_rlds(out / "data", episodes, n_shards=4)
-    write_rlds(out / "shuffled", [one | {"states": other["states"], "frames": {CAMERA_B: one["frames"][CAMERA_B]}}
-                                  for one, other in zip(episodes, episodes[1:] + episodes[:1])], n_shards=4)
-    print(f"{out}/data: {len(episodes)} episodes of {len(episodes[0]['states'])} frames, {len(CAMERAS)} cameras, 4 shards")
-    losses = pretrain(out / "base.pt", seed, encoder_steps, predictor_steps)
-    print(f"{out}/base.pt: learned from camera A; losses {losses[0]:.4f} (encoder), {losses[1]:.4f} (predictor)")
-
-
-def finetune(out, cfg, data, run, stop_at=0):
-    """LoRA on camera B of the records in `data`, encoded once, into `run`; stops once at a step and goes on, as users do."""
-    cfg = replace(cfg, out_dir=f"{out}/{run}", data=replace(cfg.data, path=f"{out}/{data}", latents=f"{out}/latents_{data}"))
-    latents.encode(deepcopy(cfg))
-    if stop_at:
-        train.train(replace(cfg, max_steps=stop_at, decay_steps=0))
-    last = train.train(replace(cfg, resume=True))
-    if last.name != f"step_{cfg.max_steps}":       # stopped by Ctrl-C: half-trained adapters tell nothing
-        sys.exit(f"toy.py: stopped at {last}")
-    return last
-
-
-def look(out, cfg, camera, adapters, planes, planners, folder):
-    """What energy.py does but for its figures, on clips of one camera -> its arrays and its comparison."""
-    cfg = replace(cfg, data=replace(cfg.data, camera=camera), energy=replace(cfg.energy, planes=planes, planners=planners))
-    arrays = energy.analyse(cfg, adapters, out / folder / "landscapes.npz")
-    return arrays, compare.write(out / folder, arrays)
-
-
-def story(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor_steps=1600, overrides=()):
-    """Everything from the data to the figure, into `out` -> the landscapes seen from both cameras and their comparisons:
-    (arrays A, arrays B, comparison A, comparison B)."""
+    overrides: keys of the recipe, such as "--max_steps=100". Returns the landscapes from both
+    cameras and their comparisons: (arrays A, arrays B, comparison A, comparison B)."""
     out = Path(out)
     cfg = recipe(out, f"--seed={seed}", *overrides)
-    prepare(out, seed, n_episodes, encoder_steps, predictor_steps)
-    finetune(out, cfg, "data", "lora", stop_at=cfg.max_steps * 2 // 3)
+    write_data(out, seed, n_episodes)
+    losses = tabletop.pretrain(out / "base.pt", seed, encoder_steps, predictor_steps)
+    print(f"{out}/base.pt: trained on camera A; losses {losses[0]:.4f} (encoder), "
+          f"{losses[1]:.4f} (predictor)")
+
+    finetune(out, cfg, "data", "lora", pause_at=cfg.max_steps * 2 // 3)
     control = finetune(out, cfg, "shuffled", "control")
     shutil.rmtree(out / "shuffled_control", ignore_errors=True)
     print(export.adapter(control, out / "shuffled_control"))
-    adapters = [out / f"lora/step_{step}" for step in train.saved_steps(out / "lora")]
-    A, result_A = look(out, cfg, CAMERA_A, adapters, ("xy",), (), "energy_A")
-    B, result_B = look(out, cfg, CAMERA_B, [*adapters, out / "shuffled_control"], cfg.energy.planes, cfg.energy.planners, "energy_B")
-    files.write_file(out / "comparison.json", json.dumps({"camera_A": result_A, "camera_B": result_B}, indent=1).encode())
+
+    adapters = [out / f"lora/step_{step}" for step in saved_steps(out / "lora")]
+    A, result_A = analyse_camera(out, cfg, CAMERA_A, adapters, "energy_A", planes=("xy",),
+                                 planners=())
+    B, result_B = analyse_camera(out, cfg, CAMERA_B, [*adapters, out / "shuffled_control"],
+                                 "energy_B", cfg.energy.planes, cfg.energy.planners)
+    both = {"camera_A": result_A, "camera_B": result_B}
+    files.write_file(out / "comparison.json", json.dumps(both, indent=1).encode())
     draw(A, B, out / "landscapes.png")
     print(export.package(out / "lora", [0, cfg.max_steps], 8, out / export.PACKAGE))
     return A, B, result_A, result_B
 
 
+def recipe(out, *overrides):
+    """tabletop/toy.yaml, with everything in `out`."""
+    return config.load([str(RECIPE), f"--out_dir={out}/lora", f"--data.path={out}/data",
+                        f"--model.checkpoint={out}/base.pt", *overrides])
+
+
+def make_episodes(seed, n_episodes):
+    """The experiment's episodes, as from `tabletop.make_episodes`."""
+    # pretrain draws other episodes, from the stream of `seed` itself.
+    return tabletop.make_episodes(np.random.default_rng(1 + seed), n_episodes, EPISODE_LENGTH)
+
+
+def write_data(out, seed, n_episodes):
+    """Writes data/ (all cameras) and shuffled/ (camera B's images with the poses, and so the
+    actions, of other episodes)."""
+    episodes = make_episodes(seed, n_episodes)
+    tabletop.write_rlds(out / "data", episodes, N_SHARDS)
+    shuffled = []
+    for episode, other in zip(episodes, episodes[1:] + episodes[:1]):
+        frames = {CAMERA_B: episode["frames"][CAMERA_B]}
+        shuffled.append(episode | {"states": other["states"], "frames": frames})
+    tabletop.write_rlds(out / "shuffled", shuffled, N_SHARDS)
+    print(f"{out}/data: {n_episodes} episodes of {EPISODE_LENGTH} frames, "
+          f"{len(tabletop.CAMERAS)} cameras, {N_SHARDS} shards")
+
+
+def finetune(out, cfg, data, run, pause_at=0):
+    """LoRA on camera B of the records in `data`, from stored latents, into the run folder `run`.
+
+    pause_at: a step at which the run ends, to be resumed. Returns the last checkpoint's folder."""
+    stored = replace(cfg.data, path=f"{out}/{data}", latents=f"{out}/latents_{data}")
+    cfg = replace(cfg, out_dir=f"{out}/{run}", data=stored)
+    latents.encode(cfg)
+    # The toy pauses one of its runs so that resuming is exercised too.
+    if pause_at:
+        train.train(replace(cfg, max_steps=pause_at, decay_steps=0))
+    last = train.train(replace(cfg, resume=True))
+    # Stopped by Ctrl-C: half-trained adapters would say nothing.
+    if last.name != f"step_{cfg.max_steps}":
+        sys.exit(f"toy.py: stopped at {last}")
+    return last
+
+
+def analyse_camera(out, cfg, camera, adapters, folder, planes, planners):
+    """What energy.py does, without its figures, on clips of one camera.
+
+    Returns its arrays and the content of comparison.json."""
+    cfg = replace(cfg, data=replace(cfg.data, camera=camera),
+                  energy=replace(cfg.energy, planes=planes, planners=planners))
+    arrays = energy.analyse(cfg, adapters, out / folder / "landscapes.npz")
+    return arrays, compare.write(out / folder, arrays)
+
+
+# The results
+
 def turned(moves):
-    """Moves in x and y as they look from camera B to a model that knows camera A: [..., 2]."""
+    """Moves in x and y, [..., 2] metres, as a model that knows camera A reads them from camera B:
+    turned by a quarter."""
     return np.stack([moves[..., 1], -moves[..., 0]], axis=-1)
 
 
 def turned_error(arrays, c=0):
-    """cm from checkpoint c's minimum in x and y to the turned true action: [P]."""
-    P, lowest = len(arrays["episodes"]), arrays["energy_xy"][c].argmin(axis=1)
-    return 100 * np.linalg.norm(arrays["actions_xy"][np.arange(P), lowest, :2] - turned(arrays["true_actions"][:, :2]), axis=1)
+    """Distance in cm from checkpoint c's minimum in x and y to the turned true action: [P]."""
+    lowest = arrays["energy_xy"][c].argmin(axis=1)                              # [P]
+    minima = arrays["actions_xy"][np.arange(len(lowest)), lowest, :2]           # [P, 2]
+    return 100 * np.linalg.norm(minima - turned(arrays["true_actions"][:, :2]), axis=1)
 
 
-def tell(A, B, result_A, result_B):
-    """What was seen: a table, and five lines."""
-    base, last, control = "baseline", [name for name in result_B["checkpoints"] if name.startswith("step_")][-1], "shuffled_control"
-    rows = {what: _numbers(arrays, result, name) for what, arrays, result, name in (
-        ("base model, camera A", A, result_A, base), ("base model, camera B", B, result_B, base), ("LoRA, camera B", B, result_B, last),
-        ("control, camera B", B, result_B, control), ("LoRA, back on camera A", A, result_A, last))}
-    titles = ("minimum", "to turned", "Spearman", "Δx–Δz", "CEM", "W*")
-    print(f"\n{'cm from the true action':<24}" + "".join(f"{title:>11}" for title in titles))
-    for what, cells in rows.items():
-        print(f"{what:<24}" + "".join(f"{cell:>11}" for cell in cells))
-    on_A, on_B, lora, shuffled, back = rows.values()
+def print_summary(A, B, result_A, result_B):
+    """The results as a table and five sentences, from what `run_experiment` returns."""
+    base, control = "baseline", "shuffled_control"
+    last = [name for name in result_B["checkpoints"] if name.startswith("step_")][-1]
+    on_A = _summary_row(A, result_A, base)
+    on_B = _summary_row(B, result_B, base)
+    adapted = _summary_row(B, result_B, last)
+    shuffled = _summary_row(B, result_B, control)
+    back = _summary_row(A, result_A, last)
+
+    print(f"\n{'cm from the true action':<24}" + "".join(f"{title:>11}" for title in on_A))
+    for title, row in (("base model, camera A", on_A), ("base model, camera B", on_B),
+                       ("LoRA, camera B", adapted), ("control, camera B", shuffled),
+                       ("LoRA, back on camera A", back)):
+        print(f"{title:<24}" + "".join(f"{cell:>11}" for cell in row.values()))
     print(f"""
-Camera A, where it learned: the base model's energy is lowest {on_A[0]} cm from the true action.
-Camera B, a quarter turn on: {on_B[0]} cm, but {on_B[1]} cm from the turned action (W* {on_B[5]}): it reads actions in wrong axes.
-LoRA on camera B brings the minimum back: {lora[0]} cm (W* {lora[5]}), and CEM finds the action to {lora[4]} cm.
-The same LoRA on the actions of other episodes does not: {shuffled[0]} cm, Spearman {shuffled[2]}.
-What it cost: back on camera A the minimum lies {back[0]} cm off (W* {back[5]}).""")
+Camera A, where it was trained: the base model's energy is lowest {on_A['argmin']} cm from the \
+true action.
+Camera B, a quarter turn away: {on_B['argmin']} cm from it, but {on_B['to turned']} cm from the \
+turned action (W* {on_B['W*']}): the base model reads actions along the wrong axes.
+LoRA on camera B moves the minimum back: {adapted['argmin']} cm (W* {adapted['W*']}); plans by CEM \
+end {adapted['CEM']} cm off.
+The same LoRA on the actions of other episodes does not: {shuffled['argmin']} cm, Spearman \
+{shuffled['Spearman']}.
+The price: back on camera A the minimum lies {back['argmin']} cm off (W* {back['W*']}).""")
 
 
-def _numbers(arrays, result, name):
-    """A row of `tell`'s table."""
-    def mean(group, number, digits):
-        cell = one["numbers"].get(group, {}).get(number)
-        return "" if cell is None else "undefined" if cell["mean"] is None else f"{cell['mean']:.{digits}f}"
+def _summary_row(arrays, result, name):
+    """{title: cell} of one checkpoint, for the table of `print_summary`."""
+    checkpoint = result["checkpoints"][name]
+    c = list(result["checkpoints"]).index(name)
+    angle = checkpoint["calibration"]["xy"]["angle"]
+    return {
+        "argmin": _mean_cell(checkpoint, "xy", "argmin_error", 1),
+        "to turned": f"{turned_error(arrays, c).mean():.1f}",
+        "Spearman": _mean_cell(checkpoint, "xy", "spearman", 2),
+        "Δx–Δz": _mean_cell(checkpoint, "xz", "argmin_error", 1),
+        "CEM": _mean_cell(checkpoint, "cem 1", "error", 1),
+        "W*": "none" if angle is None else f"{angle:.0f}°",
+    }
 
-    one, angle = result["checkpoints"][name], result["checkpoints"][name]["calibration"]["xy"]["angle"]
-    return [mean("xy", "argmin_error", 1), f"{turned_error(arrays, list(result['checkpoints']).index(name)).mean():.1f}",
-            mean("xy", "spearman", 2), mean("xz", "argmin_error", 1), mean("cem 1", "error", 1), "none" if angle is None else f"{angle:.0f}°"]
 
+def _mean_cell(checkpoint, group, metric, digits):
+    cell = checkpoint["numbers"].get(group, {}).get(metric)
+    if cell is None:                # this plane or planner was not computed for this camera
+        return ""
+    return "undefined" if cell["mean"] is None else f"{cell['mean']:.{digits}f}"
+
+
+# The figure
 
 def draw(A, B, path, n_pairs=3):
-    """The story in one figure: rows are pairs, then the mean over all pairs around the true action; columns what the cameras
-    see, then the base model on A and on B, LoRA on B, and the control."""
+    """The results in one figure, as PNG.
+
+    Rows are pairs, the last one the mean over all pairs around the true action. Columns are what
+    the cameras see, then the base model on A and on B, LoRA on B, and the control on B."""
     names = B["checkpoints"].tolist()
     last = max(c for c, name in enumerate(names) if name.startswith("step_"))
-    columns = [("base model\ncamera A", A, 0), ("base model\ncamera B", B, 0), ("LoRA\ncamera B", B, last),
+    columns = [("base model\ncamera A", A, 0), ("base model\ncamera B", B, 0),
+               ("LoRA\ncamera B", B, last),
                ("control\ncamera B", B, names.index("shuffled_control"))]
-    above = [arrays["energy_xy"][c] - arrays["energy_xy"][c].min(axis=1, keepdims=True) for _, arrays, c in columns]
+    above = [arrays["energy_xy"][c] - arrays["energy_xy"][c].min(axis=1, keepdims=True)
+             for _, arrays, c in columns]                               # [P, K] each
     scale = dict(cmap=figures.MAP, vmin=0, vmax=np.quantile(above, 0.95), origin="lower")
-    n = round(A["actions_xy"].shape[1] ** 0.5)
-    ticks = 100 * np.unique(np.round(A["actions_xy"][0, :, 0], 9))
-    edge = ticks[-1] + (ticks[1] - ticks[0]) / 2
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(7, 1.18 * (n_pairs + 1) + 0.6), layout="constrained")
         panels = figure.subplots(n_pairs + 1, 6, width_ratios=[0.8, 0.8, 1, 1, 1, 1])
-        for row, pair in enumerate(np.unique(A["episodes"], return_index=True)[1][:n_pairs]):      # one of an episode
-            for panel, arrays, title in zip(panels[row], (A, B), ("camera A", "camera B")):
-                panel.imshow(arrays["frames"][pair, 0])
-                panel.set(xticks=[], yticks=[])
-                panel.set_title(f"{title}\nsees" if row == 0 else "")
-            for panel, (title, arrays, c), energies in zip(panels[row, 2:], columns, above):
-                cube, truth = energies[pair].reshape(n, n), 100 * arrays["true_actions"][pair, :2]
-                image = panel.imshow(cube.T, extent=(-edge, edge) * 2, **scale)
-                lowest = ticks[list(np.unravel_index(cube.argmin(), cube.shape))]
-                panel.plot(*lowest, "o", ms=5, mfc="none", mec="white", mew=1.1, clip_on=False)
-                panel.plot(*turned(truth), "D", ms=3.5, mfc="none", mec="#56B4E9", mew=1)
-                panel.plot(*truth, "P", ms=6, mfc="#D55E00", mec="white", mew=0.5)
-                panel.set_title(title if row == 0 else "")
+        _, first_pairs = np.unique(A["episodes"], return_index=True)    # one pair of an episode
+        for row, pair in enumerate(first_pairs[:n_pairs]):
+            _draw_frames(panels[row, :2], A, B, pair)
+            for panel, (_, arrays, c) in zip(panels[row, 2:], columns):
+                image = _draw_landscape(panel, arrays, c, pair, scale)
                 panel.tick_params(labelbottom=False, labelleft=arrays is A)
             panels[row, 2].set_ylabel(f"pair {row + 1}\nΔy (cm)")
-        reach = np.linspace(-0.08, 0.08, 17)
-        for panel, (title, arrays, c), energies in zip(panels[-1, 2:], columns, above):
-            mean = _around_the_truth(arrays, energies.reshape(-1, n, n), ticks / 100, reach)
-            panel.imshow(mean.T, extent=(-8.5, 8.5) * 2, **scale)
-            panel.plot(0, 0, "P", ms=6, mfc="#D55E00", mec="white", mew=0.5)
-            panel.set_xlabel("Δx (cm)")
+        for panel, (_, arrays, _), energies in zip(panels[-1, 2:], columns, above):
+            _draw_mean_landscape(panel, arrays, energies, scale)
             panel.tick_params(labelleft=arrays is A)
         panels[-1, 2].set_ylabel("mean around\nthe truth (cm)")
+        titles = ["camera A\nsees", "camera B\nsees", *(title for title, _, _ in columns)]
+        for panel, title in zip(panels[0], titles):
+            panel.set_title(title)
         for panel in panels[-1, :2]:
             panel.remove()
-        bar = figure.colorbar(image, ax=panels[:, -1], aspect=30, shrink=0.6, pad=0.04, extend="max")
+        bar = figure.colorbar(image, ax=panels[:, -1], aspect=30, shrink=0.6, pad=0.04,
+                              extend="max")
         bar.set_label("energy above the panel's minimum")
-        marks = [Line2D([], [], ls="", marker="P", mfc="#D55E00", mec="white", mew=0.5, ms=6),
-                 Line2D([], [], ls="", marker="D", mfc="none", mec="#56B4E9", mew=1, ms=3.5),
-                 Line2D([], [], ls="", marker="o", mfc="none", mec="0.3", mew=1.1, ms=5)]
-        figure.legend(marks, ["true action", "as it looks from camera B", "minimum"], loc="outside upper center", ncols=3)
+        markers = [Line2D([], [], ls="", **figures.TRUE_MARKER),
+                   Line2D([], [], ls="", **TURNED_MARKER),
+                   Line2D([], [], ls="", mec="0.3", **figures.MINIMUM_MARKER)]
+        figure.legend(markers, ["true action", "as it looks from camera B", "minimum"],
+                      loc="outside upper center", ncols=3)
         data = io.BytesIO()
         figure.savefig(data, dpi=300, format="png")
     files.write_file(path, data.getbuffer())
 
 
-def _around_the_truth(arrays, cubes, ticks, reach):
-    """Mean over pairs of the landscapes [P, n, n], moved so that each true action lies at zero; what falls outside is left out."""
-    offsets = np.stack(np.meshgrid(reach, reach, indexing="ij"), axis=-1)               # [R, R, 2] metres
-    moved = [RegularGridInterpolator((ticks, ticks), cube, bounds_error=False)(truth[:2] + offsets)
-             for cube, truth in zip(cubes, arrays["true_actions"])]
-    return np.nanmean(moved, axis=0)
+def _draw_frames(panels, A, B, pair):
+    for panel, arrays in zip(panels, (A, B)):
+        panel.imshow(arrays["frames"][pair, 0])
+        panel.set(xticks=[], yticks=[])
+
+
+def _ticks(arrays):
+    """The grid's coordinates along one axis, in metres."""
+    # Rounded: the grid is float32, in which equal coordinates may differ in the last digit.
+    return np.unique(np.round(arrays["actions_xy"][0, :, 0], 9))
+
+
+def _draw_landscape(panel, arrays, c, pair, scale):
+    """One pair's landscape of checkpoint c, with its minimum and the true action."""
+    ticks = 100 * _ticks(arrays)                                        # cm
+    n, edge = len(ticks), ticks[-1] + (ticks[1] - ticks[0]) / 2
+    energies = arrays["energy_xy"][c, pair].reshape(n, n)               # x first
+    image = panel.imshow(energies.T - energies.min(), extent=(-edge, edge) * 2, **scale)
+    lowest = ticks[list(np.unravel_index(energies.argmin(), energies.shape))]
+    truth = 100 * arrays["true_actions"][pair, :2]
+    panel.plot(*lowest, ls="", mec="white", clip_on=False, **figures.MINIMUM_MARKER)
+    panel.plot(*turned(truth), ls="", **TURNED_MARKER)
+    panel.plot(*truth, ls="", **figures.TRUE_MARKER)
+    return image
+
+
+def _draw_mean_landscape(panel, arrays, energies, scale):
+    """The mean over pairs of their landscapes, energies [P, K], each moved so that its true action
+    lies at zero; what falls outside a landscape is left out."""
+    ticks = _ticks(arrays)
+    reach = np.linspace(-0.08, 0.08, 17)                                # metres
+    offsets = np.stack(np.meshgrid(reach, reach, indexing="ij"), axis=-1)       # [R, R, 2]
+    moved = []
+    for landscape, truth in zip(energies, arrays["true_actions"]):
+        landscape = landscape.reshape(len(ticks), len(ticks))
+        interpolate = RegularGridInterpolator((ticks, ticks), landscape, bounds_error=False)
+        moved.append(interpolate(truth[:2] + offsets))
+    panel.imshow(np.nanmean(moved, axis=0).T, extent=(-8.5, 8.5) * 2, **scale)
+    panel.plot(0, 0, ls="", **figures.TRUE_MARKER)
+    panel.set_xlabel("Δx (cm)")
 
 
 def main(args):
@@ -209,9 +298,9 @@ def main(args):
     torch.set_num_threads(1)        # such small networks gain little from more, and numbers repeat
     shutil.rmtree(OUT, ignore_errors=True)          # this folder is the toy's own
     started = time.monotonic()
-    seen = story()
-    tell(*seen)
-    print(f"{OUT}: landscapes.png, comparison.json, {export.PACKAGE}, lora/, energy_A/, energy_B/; {time.monotonic() - started:.0f} s")
+    print_summary(*run_experiment())
+    print(f"{OUT}: landscapes.png, comparison.json, {export.PACKAGE}, lora/, energy_A/, energy_B/; "
+          f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

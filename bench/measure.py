@@ -1,85 +1,130 @@
-"""What bench.py's table leaves out: large files, records, precision, the whole analysis. Keys of config.yaml apply; each
-command prints one line of JSON.
+"""What the table of bench.speed leaves out: large files, records, precision, the whole analysis.
 
-    python bench_more.py load                    # a file of the released layout (11.76 GB, random) -> bf16 on the CPU
-    python bench_more.py load --model.size=tiny --file=/tmp/x.pt
-    python bench_more.py slim                    # the same file -> a slim .safetensors, as export.py does
-    python bench_more.py data --data.path=FOLDER # clips per second from records or .npz to batches
-    python bench_more.py precision --device=cuda # bf16 and fp16 networks against fp32, random weights
-    python bench_more.py profile --device=cuda --batch_size=8        # kernels of a micro-batch from latents, the longest first
-    python bench_more.py analysis --memory=15 --precision=fp16       # all of energy.py: 16 pairs, two adapters, within 15 GiB
+    # a file of the released layout (11.76 GB, random) -> bf16 on the CPU
+    python -m bench.measure load
+    python -m bench.measure load --model.size=tiny --file=/tmp/x.pt
+    # the same file -> an encoder + predictor checkpoint in bf16, as export.py slim does
+    python -m bench.measure slim
+    # clips per second from records or .npz to batches
+    python -m bench.measure data --data.path=FOLDER
+    # outputs of bf16 and fp16 networks against fp32, random weights
+    python -m bench.measure precision --device=cuda
+    # kernels of a micro-batch from latents, the longest first
+    python -m bench.measure profile --device=cuda --batch_size=8
+    # all of energy.py: 16 pairs, two adapters, within 15 GiB
+    python -m bench.measure analysis --memory=15 --precision=fp16
 
-load and slim write the file (unless it is there), do their work in a fresh process, and give seconds, the size
-of the file, and the peak of anonymous memory (what cannot be given back; the mapped file can). analysis writes
-random images and adapters under runs/bench.
+Run it from the repository's root. Keys of config.yaml apply; each command prints one line of JSON.
+load and slim write the file unless it is there, do their work in a fresh process, and give seconds,
+the size of the file and the peak of anonymous memory, which the system cannot take back (pages of
+the mapped file it can). analysis writes random images and adapters into runs/bench.
 """
-import copy
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity
 
-import bench
-import config
 import droid
 import energy
 import export
 import lora
 import model
+from bench.speed import OUT, TrainingStep, load_config
+from fast.memory import GIB
 
+
+# Large files
 
 def write_released_layout(path, size):
-    """A random checkpoint as released: fp32 encoder, predictor, target_encoder and both Adam moments of the predictor."""
-    parts = [{f"module.{name}": torch.empty(tensor.shape).normal_(std=0.02) for name, tensor in part.state_dict().items()}
-             for part in model._empty(size)]
-    encoder, predictor = parts
+    """A random checkpoint as released: fp32 encoder, predictor, target_encoder, and both Adam
+    moments of the predictor."""
+    encoder, predictor = ({f"module.{name}": torch.empty(tensor.shape).normal_(std=0.02)
+                           for name, tensor in network.state_dict().items()}
+                          for network in model.empty_networks(size))
+    # Copies: torch.save would write a tensor that appears twice only once.
+    target_encoder = {name: tensor.clone() for name, tensor in encoder.items()}
     moments = [{name: tensor.clone() for name, tensor in predictor.items()} for _ in range(2)]
-    torch.save({"encoder": encoder, "predictor": predictor,
-                "target_encoder": {name: tensor.clone() for name, tensor in encoder.items()},
-                "opt": {"state": dict(enumerate(moments)), "param_groups": []}, "scaler": None, "epoch": 0, "loss": 0.0,
-                "batch_size": 1, "world_size": 1, "lr": 0.0}, path)
+    optimizer = {"state": dict(enumerate(moments)), "param_groups": []}
+    torch.save({"encoder": encoder, "predictor": predictor, "target_encoder": target_encoder,
+                "opt": optimizer, "scaler": None, "epoch": 0, "loss": 0.0, "batch_size": 1,
+                "world_size": 1, "lr": 0.0}, path)
 
 
-def anonymous_gib():
+def anonymous_bytes():
+    """Memory of this process that belongs to no file."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 2 ** 20
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
-def in_memory(work, path):
-    """Runs `work`, which returns networks or a message, while a thread watches the memory -> dict of figures."""
-    before, peak, done = anonymous_gib(), [0.0], threading.Event()
+class PeakMemory:
+    """Within `with`, a thread watches the anonymous memory: `peak` bytes at most so far."""
 
-    def watch():
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous_gib())
+    def __enter__(self):
+        self.peak, self.done = anonymous_bytes(), threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self):
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, anonymous_bytes())
+
+
+def measure_memory(work, path):
+    """Runs work(), which writes or reads the file at `path` and returns networks or a message."""
+    before = anonymous_bytes()
     started = time.monotonic()
-    result = work()                                     # kept: networks count too
-    seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
-    out = {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / 2 ** 30,
-           "peak_anonymous_gib": peak[0] - before, "of_process_gib": peak[0]}
+    with PeakMemory() as memory:
+        result = work()                             # kept, so that networks count too
+        seconds = time.monotonic() - started
+    found = {"seconds": round(seconds, 1), "file_gib": Path(path).stat().st_size / GIB,
+             "peak_anonymous_gib": (memory.peak - before) / GIB,
+             "of_process_gib": memory.peak / GIB}
     if isinstance(result, str):
-        return out | {"message": result}
-    return out | {"weights_gib": sum(p.numel() * p.element_size() for part in result for p in part.parameters()) / 2 ** 30}
+        return found | {"message": result}
+    weights = sum(p.numel() * p.element_size() for network in result
+                  for p in network.parameters())
+    return found | {"weights_gib": weights / GIB}
 
+
+def load(cfg, path):
+    return measure_memory(partial(model.load, path, cfg.model.size, torch.bfloat16), path)
+
+
+def slim(cfg, path):
+    target = f"{path}.slim.safetensors"
+    work = partial(export.slim, path, target, cfg.model.size, torch.bfloat16)
+    return measure_memory(work, target)
+
+
+def in_fresh_process(command, args):
+    """Runs the command again in a process in which nothing else has used memory yet."""
+    subprocess.run([sys.executable, "-m", "bench.measure", command, *args],
+                   env=os.environ | {"BENCH_CHILD": "1"}, check=True)
+
+
+# The others
 
 def data(cfg, n=100):
     """Time to the first batch, then n more."""
     started = time.monotonic()
     batches = iter(droid.create_dataloader(cfg))
     next(batches)
-    first, started, cpu = time.monotonic() - started, time.monotonic(), time.process_time()
+    first = time.monotonic() - started
+    started, cpu = time.monotonic(), time.process_time()
     for _ in range(n):
         next(batches)
     clips = n * cfg.batch_size
@@ -89,98 +134,123 @@ def data(cfg, n=100):
 
 @torch.no_grad()
 def precision(cfg):
-    """Relative L2 distance of the outputs of pure half-precision networks from fp32 ones, on random inputs."""
+    """Relative L2 distance of the outputs of pure half-precision networks from fp32 ones, on random
+    inputs."""
     torch.manual_seed(cfg.seed)
-    device = cfg.device or "cpu"
+    device, size = cfg.device or "cpu", model.resolve_size(cfg.model.size)
     encoder, predictor = model.build(cfg.model.size, device=device)
-    size = model.resolve_size(cfg.model.size)
-    T, N = 8, predictor.grid ** 2
-    clip = torch.randn(4, 3, 2, size["image_size"], size["image_size"], device=device)
+    T, N, S = 8, predictor.grid ** 2, size["image_size"]
+    clip = torch.randn(4, 3, 2, S, S, device=device)
     z = torch.randn(1, T * N, size["encoder_dim"], device=device)
-    actions, states = 0.1 * torch.randn(1, T, 7, device=device), torch.randn(1, T, 7, device=device)
-    exact = encoder(clip), predictor(z, actions, states)
-    weights = copy.deepcopy((encoder.state_dict(), predictor.state_dict()))
-    out = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        for part, state in zip((encoder, predictor), weights):
-            part.float().load_state_dict(state)
-            part.to(dtype)
-        half = encoder(clip), predictor(z, actions, states)
-        out |= {f"{part}_{name}": ((h.float() - e).norm() / e.norm()).item()
-                for part, h, e in zip(("encoder", "predictor"), half, exact)}
-    return out
+    actions = 0.1 * torch.randn(1, T, 7, device=device)
+    states = torch.randn(1, T, 7, device=device)
+    found = {}
+    for name, network, inputs in (("encoder", encoder, (clip,)),
+                                  ("predictor", predictor, (z, actions, states))):
+        weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        exact = network(*inputs)
+        for half in ("bf16", "fp16"):
+            # From the float32 weights each time: those in bf16 were rounded.
+            network.float().load_state_dict(weights)
+            network.to(model.DTYPES[half])
+            error = network(*inputs).float() - exact
+            found[f"{name}_{half}"] = (error.norm() / exact.norm()).item()
+    return found
+
+
+def profile(cfg):
+    """Where a micro-batch from latents spends its time: milliseconds and calls of each kernel (on a
+    CPU: of each operator)."""
+    device = model.resolve_device(cfg.device)
+    on_gpu = device.type == "cuda"
+    step = TrainingStep(cfg, device, cfg.batch_size, from_frames=False)
+    for _ in range(3):                              # compiles, and captures the CUDA graph
+        step()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiled:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    kernels = []
+    for event in profiled.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kernels.append({"name": event.key[:100], "ms": microseconds / 1e3, "calls": event.count})
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    return {"total_ms": sum(kernel["ms"] for kernel in kernels), "kernels": kernels[:40]}
 
 
 def analysis(cfg, n_episodes=8, n_frames=48):
-    """Seconds and peak GiB of `energy.analyse` for the baseline and two random adapters, on random images."""
-    folder = Path("runs/bench")
-    (folder / "npz").mkdir(parents=True, exist_ok=True)
+    """Seconds and peak GiB of `energy.analyse` for the baseline and two random adapters, on random
+    images."""
+    write_episodes(OUT / "npz", n_episodes, n_frames)
+    cfg = replace(
+        cfg, model=replace(cfg.model, checkpoint="random"),
+        energy=replace(cfg.energy, min_move=0.0),
+        data=replace(cfg.data, path=str(OUT / "npz"), val_fraction=1.0, clip_frames=8,
+                     clip_stride=1))
+    device = model.resolve_device(cfg.device)
+    adapters = [OUT / "step_1", OUT / "step_2"]
+    write_adapters(cfg, device, adapters)
+    started = time.monotonic()
+    arrays = energy.analyse(cfg, adapters, OUT / "landscapes.npz")
+    found = {"seconds": time.monotonic() - started, "pairs": len(arrays["episodes"]),
+             "null": float(arrays["null_difference"])}
+    for planner in cfg.energy.planners:
+        found[f"{planner}_s"] = float(np.median(arrays[f"{planner}_seconds"]))
+    if device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return found
+
+
+def write_episodes(folder, n_episodes, n_frames):
+    """.npz trajectories of random images and of poses that wander."""
+    folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for i in range(n_episodes):
         states = np.cumsum(random.normal(0, 0.004, (n_frames, 7)), axis=0)
         images = random.integers(0, 256, (n_frames, 256, 256, 3)).astype(np.uint8)
-        np.savez(folder / f"npz/{i}.npz", observations=images, states=states.clip(-1, 1))
-    cfg.data.path, cfg.data.val_fraction, cfg.energy.min_move = str(folder / "npz"), 1.0, 0.0
-    cfg.data.clip_frames, cfg.data.clip_stride = 8, 1
-    cfg.model.checkpoint = "random"
+        np.savez(folder / f"{i}.npz", observations=images, states=states.clip(-1, 1))
+
+
+def write_adapters(cfg, device, folders):
+    """Random adapters of the random base model that `analyse` will build from the same seed."""
     torch.manual_seed(cfg.seed)
-    device = model.resolve_device(cfg.device)
-    _, predictor = model.build(cfg.model.size, model.DTYPES[model.resolve_precision(cfg.precision, device)], device)
-    lora.inject(predictor, **dataclasses.asdict(cfg.lora))
-    adapters = [folder / "step_1", folder / "step_2"]
-    for i, adapter in enumerate(adapters):
-        for layer in lora._adapted(predictor).values():
+    dtype = model.DTYPES[model.resolve_precision(cfg.precision, device)]
+    _, predictor = model.build(cfg.model.size, dtype, device)
+    lora.inject(predictor, **asdict(cfg.lora))
+    for i, folder in enumerate(folders):
+        for layer in lora.adapted_layers(predictor).values():
             torch.nn.init.normal_(layer.lora_B, std=1e-3 * (i + 1))
-        lora.save(adapter, predictor)
-    del predictor
-    started = time.monotonic()
-    arrays = energy.analyse(cfg, adapters, folder / "landscapes.npz")
-    out = {"seconds": time.monotonic() - started, "pairs": len(arrays["episodes"]), "null": float(arrays["null_difference"]),
-           "cem_s": float(np.median(arrays["cem_seconds"])), "gradient_s": float(np.median(arrays["gradient_seconds"]))}
-    return out | ({"peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if device.type == "cuda" else {})
+        lora.save(folder, predictor)
 
 
-def profile(cfg):
-    """Where a micro-batch from latents spends its time: milliseconds and calls of each kernel (on a CPU: of each operator)."""
-    from torch.profiler import ProfilerActivity
-    device = model.resolve_device(cfg.device)
-    work = bench.Training(cfg, device, cfg.batch_size, from_frames=False, checkpointing=cfg.activation_checkpointing)
-    for _ in range(3):
-        work()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    rows = [(row.key, (row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total) / 1e3, row.count)
-            for row in seen.key_averages()]
-    rows.sort(key=lambda row: -row[1])
-    return {"total_ms": sum(ms for _, ms, _ in rows), "kernels": [{"name": name[:100], "ms": ms, "calls": n} for name, ms, n in rows[:40]]}
-
-
+FILE_COMMANDS = {"load": load, "slim": slim}
 COMMANDS = {"data": data, "precision": precision, "profile": profile, "analysis": analysis}
 
 
 def main(args):
     command, args = args[0] if args else "", args[1:]
-    path = next((a.removeprefix("--file=") for a in args if a.startswith("--file=")), "runs/released_layout.pt")
+    if command not in FILE_COMMANDS | COMMANDS:
+        sys.exit(__doc__)
+    path, keys = "runs/released_layout.pt", []
+    for arg in args:
+        if arg.startswith("--file="):
+            path = arg.removeprefix("--file=")
+        else:
+            keys.append(arg)
     try:
-        cfg = config.load([a for a in args if not a.startswith("--file=")]) if command else None
+        cfg = load_config(keys)
     except ValueError as error:
-        sys.exit(f"bench_more.py: {error}")
-    if command in ("load", "slim") and not os.environ.get("BENCH_CHILD"):
+        sys.exit(f"bench.measure: {error}")
+    if command in COMMANDS:
+        print(json.dumps(COMMANDS[command](cfg)))
+    elif os.environ.get("BENCH_CHILD"):
+        print(json.dumps(FILE_COMMANDS[command](cfg, path)))
+    else:
         if not Path(path).exists():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_released_layout(path, cfg.model.size)
-        subprocess.run([sys.executable, __file__, command, *args], env=os.environ | {"BENCH_CHILD": "1"}, check=True)
-    elif command == "load":
-        print(json.dumps(in_memory(lambda: model.load(path, cfg.model.size, torch.bfloat16), path)))
-    elif command == "slim":
-        target = f"{path}.slim.safetensors"
-        print(json.dumps(in_memory(lambda: export.slim(path, target, cfg.model.size, torch.bfloat16), target)))
-    elif command in COMMANDS:
-        print(json.dumps(COMMANDS[command](cfg)))
-    else:
-        sys.exit(__doc__)
+        in_fresh_process(command, args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 import model
 
+
 # the full arrays, where they are at hand
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
