@@ -60,16 +60,21 @@ def start_step(cfg, out, rank):
 def save(folder, cfg, predictor, optimizer, scaler, loader):
     """Writes step_N/ under another name, renames it, then removes what rotation no longer keeps.
 
-    All ranks call it, rank 0 writes. Raises OSError with the newest step that is safe."""
+    All ranks call it, rank 0 writes. Raises OSError with the newest step that is safe, and
+    ValueError if more is trained than is saved."""
+    adapters = {id(p) for layer in lora.adapted_layers(predictor).values()
+                for p in (layer.lora_A, layer.lora_B)}
+    others = [name for name, p in predictor.named_parameters()
+              if p.requires_grad and id(p) not in adapters]
+    if others:
+        raise ValueError(f"{', '.join(others[:3])}: trained, but only adapters are saved; freeze "
+                         "them, or add them to checkpoint.save and checkpoint.load")
     rank_state = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None}
     if torch.cuda.is_initialized():
         rank_state["cuda_rng"] = torch.cuda.get_rng_state()
-    rank_states = [rank_state]
-    if dist.is_initialized():
-        rank_states = [None] * dist.get_world_size()
-        dist.all_gather_object(rank_states, rank_state)
-        if dist.get_rank():
-            return
+    rank_states = gather_from_ranks(rank_state)
+    if dist.is_initialized() and dist.get_rank():
+        return
     state = {"step": int(folder.name.removeprefix("step_")), "ranks": rank_states,
              "optimizer": optimizer.state_dict(), "optimizer_name": cfg.optimizer,
              "scaler": scaler.state_dict(), "base": predictor.base_fingerprint}
@@ -79,7 +84,7 @@ def save(folder, cfg, predictor, optimizer, scaler, loader):
     try:
         lora.save(partial, predictor, base=cfg.model.checkpoint)
         write_file(partial / "state.pt", buffer.getbuffer())
-        # A complete step_N would have ended the run before, so this one is incomplete.
+        # `start_step` refuses a folder with a complete step_N, so this one is incomplete.
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -262,11 +267,21 @@ class StopSignal:
         return bool(sum_over_ranks(torch.tensor(float(self.seen), device=device)))
 
 
-def sum_over_ranks(value, item=True):
+def gather_from_ranks(value):
+    """[value of each rank], on all ranks; any object that pickle takes."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(value):
+    """The sum of a scalar tensor over all ranks, as a number: waits for the GPU."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
-    return value.item() if item else value
+    return value.item()
 
 
 # The mirror on gs://

@@ -6,6 +6,7 @@
 The baseline is always computed too. Writes into out_dir/energy: landscapes.npz (every energy;
 analysis/__init__.py lists the arrays), metrics.csv, comparison.json and figures.
 
+    h = world.encode(frames)[0]                                             # [T, N, D]
     energies = energy.landscape(world, h[:1], states[:1], h[1], actions)    # [K]
     numbers = energy.metrics(actions, energies, true_action)                # a dict
     plan = energy.cem(lambda a: energy.sequence_energy(world, h[:1], states[:1], h[1], a))
@@ -54,7 +55,10 @@ def sequence_energy(world, h_context, states, h_goal, actions, chunk=64):
 
     h_context [T, N, D] latents of the frames so far, states [T, 7] their poses, h_goal [N, D],
     actions [K, H, 7]. Returns [K] float32 on the latents' device, with gradient if the actions
-    carry one. `chunk` sequences are computed at a time."""
+    carry one. `chunk` sequences are computed at a time. Raises ValueError in training mode, in
+    which dropout would make energies random."""
+    if world.predictor.training:
+        raise ValueError("energies are computed in eval mode; call world.eval() first")
     device, T = h_context.device, len(h_context)
     states = torch.as_tensor(states, dtype=torch.float32).cpu()
     # The actions that led from each context frame to the next.
@@ -65,7 +69,7 @@ def sequence_energy(world, h_context, states, h_goal, actions, chunk=64):
     actions, states, past_actions = (x.to(device) for x in (actions, states, past_actions))
     K, H, _ = actions.shape
     if K > chunk:
-        # Full chunks only: one shape to compile, and an action's place in the list is irrelevant.
+        # Full chunks only: one shape to compile, and energies do not depend on an action's chunk.
         actions = torch.cat([actions, actions[-1:].expand(-K % chunk, -1, -1)])
     energies = []
     for a in actions.split(chunk):                                              # [k, H, 7]
@@ -76,22 +80,20 @@ def sequence_energy(world, h_context, states, h_goal, actions, chunk=64):
         kv_cache = [] if H > 1 else None
         z = world.predict(h, context_actions, s, kv_cache)[:, -1:]              # [k, 1, N, D]
         for step in range(1, H):
-            s = _next_state(s[:, -1], a[:, :step])                              # [k, 1, 7]
+            s = _next_state(s[:, -1], a[:, step - 1])                           # [k, 1, 7]
             z = world.predict(z, a[:, step:step + 1], s, kv_cache)              # [k, 1, N, D]
         energies.append(world.distance(z[:, 0], h_goal))
     return torch.cat(energies)[:K]
 
 
-def _next_state(state, actions):
-    """The pose after the last of `actions` [k, n, 7], from the pose [k, 7] before it: [k, 1, 7].
+def _next_state(state, action):
+    """The poses after an action, state and action [k, 7]: [k, 1, 7].
 
-    Poses are composed in NumPy, which has no gradient. In xyz a pose is the first one plus all
-    moves, so the gradient for a planner is that of their sum, added with a value of zero; how the
-    pose depends on rotations is left out: planners search moves only."""
-    after = apply_action(state.detach().cpu().numpy(), actions[:, -1].detach().cpu().numpy())
-    moved = actions[:, :, :3].sum(dim=1)
-    zero_with_gradient = F.pad(moved - moved.detach(), (0, 4))
-    return (torch.from_numpy(after).float().to(state.device) + zero_with_gradient)[:, None]
+    Rotations are composed in NumPy, without a gradient. Positions add up, with one: the planners
+    search moves."""
+    after = apply_action(state.detach().cpu().numpy(), action.detach().cpu().numpy())
+    after = torch.from_numpy(after).float().to(state.device)
+    return torch.cat([state[:, :3] + action[:, :3], after[:, 3:]], dim=1)[:, None]
 
 
 @torch.no_grad()
@@ -167,9 +169,10 @@ def true_action(states, steps):
     """The action that, taken `steps` times, leads from the first pose to pose `steps`.
 
     states [T, 7] -> [7] float64. Raises ValueError as `pose_deltas`."""
-    action = pose_deltas(np.asarray(states)[[0, steps]])[0] / steps
+    delta = pose_deltas(np.asarray(states)[[0, steps]])[0]
+    action = delta / steps
     # A rotation is divided along its axis: as a rotation vector. Euler angles do not add up.
-    rotation = Rotation.from_euler("xyz", steps * action[3:6])
+    rotation = Rotation.from_euler("xyz", delta[3:6])
     action[3:6] = Rotation.from_rotvec(rotation.as_rotvec() / steps).as_euler("xyz")
     return action
 
@@ -455,6 +458,8 @@ def main(args):
     started = time.monotonic()
     try:
         if "--from" in options:
+            if args:
+                raise ValueError(f"{args[0]}: --from reads arrays alone, no settings apply")
             folder = Path(options["--from"]).parent
             arrays = load(options["--from"])
         else:
@@ -465,7 +470,7 @@ def main(args):
         print(compare.table(report(arrays, folder)))
         print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; "
               f"{time.monotonic() - started:.0f} s")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"energy.py: {error}")
 
 

@@ -327,7 +327,7 @@ def main(args):
         return
     try:
         encode(config.load(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"latents.py: {error}")
 
 

@@ -40,9 +40,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         dropped = F.dropout(x, self.dropout, self.training)
-        low_rank = F.linear(dropped, self.lora_A.to(x.dtype))                   # [..., rank]
-        update = F.linear(low_rank, self.lora_B.to(low_rank.dtype))             # [..., out]
-        return super().forward(x) + self.scale * update
+        low_rank = self.scale * F.linear(dropped, self.lora_A.to(x.dtype))      # [..., rank]
+        return super().forward(x) + F.linear(low_rank, self.lora_B.to(low_rank.dtype))
 
 
 def adapted_layers(module):
@@ -58,21 +57,20 @@ def _replace(module, name, layer):
 def inject(module, rank=16, alpha=32.0, dropout=0.0, targets=LoraConfig.targets, rslora=True):
     """Freezes `module` and adapts, in place, every nn.Linear whose name is a target or ends in
     ".target". Returns their names. Raises ValueError if a target matches nothing."""
+    if adapted_layers(module):
+        raise ValueError("this module is already adapted; call lora.remove(module) first")
     targets = tuple(targets)
-    # `type(m) is`: an adapted layer is not adapted a second time.
     linear = [name for name, m in module.named_modules() if type(m) is nn.Linear]
     chosen = set()
     for target in targets:
         found = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not found:
             endings = sorted({".".join(name.split(".")[-2:]) for name in linear})
-            already = " (already adapted?)" if adapted_layers(module) else ""
-            raise ValueError(f"lora.targets: {target!r} matches no linear layer{already}; there "
-                             f"are {', '.join(endings)}")
+            raise ValueError(f"lora.targets: {target!r} matches no linear layer; there are "
+                             f"{', '.join(endings)}")
         chosen.update(found)
     module.requires_grad_(False)
-    scale = alpha / rank ** (0.5 if rslora else 1)
-    names = [name for name in linear if name in chosen]
+    scale, names = alpha / rank ** (0.5 if rslora else 1), [n for n in linear if n in chosen]
     for name in names:
         _replace(module, name, LoRALinear(module.get_submodule(name), rank, scale, dropout))
     module.lora_config = LoraConfig(rank, float(alpha), rslora, dropout, targets)
@@ -145,6 +143,8 @@ def adapter_files(module, base=""):
     """{file name: bytes} of the PEFT folder of `module`'s adapters; equal adapters, equal bytes.
 
     base: path or name of the base model. Its fingerprint goes into the header; `load` checks it."""
+    if not adapted_layers(module):
+        raise ValueError("no adapters to save: call lora.inject on this module first")
     lora = module.lora_config
     peft = dict(peft_type="LORA", task_type=None, inference_mode=True,
                 base_model_name_or_path=base, r=lora.rank, lora_alpha=lora.alpha,
@@ -189,8 +189,8 @@ def load(module, folder):
     peft, state, base = read(folder)
     ours = getattr(module, "base_fingerprint", "")
     if base and ours and base != ours:
-        raise ValueError(f"{folder}: trained on another base model (fingerprint {base}, this one "
-                         f"is {ours}); give the checkpoint that it was trained on")
+        raise ValueError(f"{folder}: trained on another base model (fingerprint {base}, not {ours}"
+                         "); give the checkpoint that it was trained on")
     linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     layers = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in state})
     present = adapted_layers(module)

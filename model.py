@@ -3,7 +3,7 @@
     encoder, predictor = model.load("vjepa2-ac-vitg.pt", "vitg", dtype=torch.bfloat16)
     world = model.WorldModel(encoder, predictor)
     h = world.encode(frames)                            # [B, T, N, D]: T frames of N patches
-    losses = world.losses(h, actions, states)           # {"teacher_forcing": [], "rollout": []}
+    losses = world.losses(h, actions, states)           # {"teacher_forcing", "rollout"}: scalars
 
 Released weights: https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt, 11.76 GB, of which
 encoder and predictor are 5.27 GB in fp32 and 2.63 GB in bf16. The file is memory-mapped: the rest
@@ -64,7 +64,7 @@ class WorldModel(nn.Module):
     def __init__(self, encoder, predictor):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
-        self.base_fingerprint = predictor.base_fingerprint
+        self.base_fingerprint = getattr(predictor, "base_fingerprint", "")
         self.train(predictor.training)
 
     @torch.no_grad()
@@ -98,7 +98,8 @@ class WorldModel(nn.Module):
 
         h [B, T, N, D]; actions, states [B, T, 7] (the action of frame T-1 is not used).
         teacher_forcing: every frame 1..T-1 predicted from the true latents before it.
-        rollout: frames 1..n predicted from frame 0 and the model's own predictions; 0 if n is 0.
+        rollout: frames 1..n predicted from frame 0 and the model's own predictions, with the true
+        actions and states; all n frames count; 0 if n is 0.
         L1, not L2: the released weights were trained with it, and energies are L1 distances too.
         Source: arXiv:2506.09985, equations 2 to 4, with the rollout as corrected upstream in June
         2025 (the released weights were trained before). Raises ValueError if rollout >= T."""
@@ -109,17 +110,17 @@ class WorldModel(nn.Module):
         h = h.float()
 
         # Teacher forcing: z_t+1 = P(h_0 … h_t, a_0 … a_t, s_0 … s_t) for all t at once.
-        z = self.predict(h[:, :-1], actions[:, :-1], states[:, :-1])        # [B, T-1, N, D]
-        losses = {"teacher_forcing": F.l1_loss(z, h[:, 1:]), "rollout": h.new_zeros(())}
+        forced = self.predict(h[:, :-1], actions[:, :-1], states[:, :-1])   # [B, T-1, N, D]
+        losses = {"teacher_forcing": F.l1_loss(forced, h[:, 1:]), "rollout": h.new_zeros(())}
 
         # Rollout: z_n+1 = P(h_0, z_1 … z_n, …): only frame 0 is true. z_1 is the same in both.
         if rollout:
-            predicted = z[:, :1]                                            # [B, 1, N, D]
+            rolled = forced[:, :1]                                          # [B, 1, N, D]
             for n in range(2, rollout + 1):
-                context = torch.cat([h[:, :1], predicted], dim=1)           # [B, n, N, D]
+                context = torch.cat([h[:, :1], rolled], dim=1)              # [B, n, N, D]
                 z = self.predict(context, actions[:, :n], states[:, :n])    # [B, n, N, D]
-                predicted = torch.cat([predicted, z[:, -1:]], dim=1)
-            losses["rollout"] = F.l1_loss(predicted, h[:, 1:rollout + 1])
+                rolled = torch.cat([rolled, z[:, -1:]], dim=1)
+            losses["rollout"] = F.l1_loss(rolled, h[:, 1:rollout + 1])
         return losses
 
     def distance(self, z, h):
@@ -155,7 +156,7 @@ def resolve_device(name=""):
 
 
 def resolve_precision(precision, device):
-    """A name in DTYPES, but fp16 for bf16 where bf16 runs four times slower (a T4 says it can)."""
+    """A name in DTYPES: fp16 for bf16 on GPUs that emulate bf16, four times slower (a T4)."""
     if precision == "bf16" and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return precision

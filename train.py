@@ -10,9 +10,11 @@ adapter in PEFT's form and state.pt for resuming. On Ctrl-C or SIGTERM the run f
 saves a checkpoint and exits.
 Losses: teacher forcing + rollout, L1 on layer-normed latents (arXiv:2506.09985).
 """
+import importlib.util
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -27,7 +29,7 @@ import config
 import droid
 import lora
 import model
-from checkpoint import sum_over_ranks
+from checkpoint import gather_from_ranks, sum_over_ranks
 from episodes.stored import check_store
 
 
@@ -46,8 +48,8 @@ def lr_at(step, cfg):
 
 
 def train(cfg):
-    """Runs the recipe -> the folder of the last checkpoint. Raises ValueError or OSError with one
-    line to act on."""
+    """Runs the recipe and returns the folder of the last checkpoint. Raises ValueError or OSError
+    with one line to act on."""
     config.validate(cfg)
     device = model.resolve_device(cfg.device)
     picked = ""
@@ -59,7 +61,9 @@ def train(cfg):
         cfg, picked = memory.choose_micro_batch(cfg, model.can_accelerate(cfg, device))
     try:
         return run(cfg, device, picked)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if importlib.util.find_spec("fast") is None:
+            raise ValueError(f"{error}; use a smaller --batch_size") from None
         from fast import memory
         steps = checkpoint.saved_steps(cfg.out_dir)
         raise ValueError(memory.out_of_memory(cfg, device, steps[-1] if steps else 0)) from None
@@ -195,20 +199,21 @@ def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum):
 
 @torch.no_grad()
 def evaluate(world, batches, cfg, autocast, device):
-    """Mean losses over the validation batches of all ranks -> {"val_loss",
-    "val_teacher_forcing", "val_rollout"}."""
+    """Mean losses over the validation batches of all ranks: {"val_loss": their sum, "val_…"}."""
     world.eval()
-    sums = torch.zeros(3, device=device, dtype=torch.float64)       # two losses, number of clips
+    sums = Counter()                                # {name: loss × clips, "clips": number}
     for batch in batches:
         with autocast:
             losses = world(**{k: v.to(device) for k, v in batch.items()}, rollout=cfg.rollout)
         n = len(batch["actions"])
-        sums += torch.stack([losses["teacher_forcing"] * n, losses["rollout"] * n,
-                             sums.new_tensor(n)])
+        sums.update({k: v.item() * n for k, v in losses.items()} | {"clips": n})
     world.train()
-    teacher_forcing, rollout, n = sum_over_ranks(sums, item=False).tolist()
-    return {"val_loss": (teacher_forcing + rollout) / n,
-            "val_teacher_forcing": teacher_forcing / n, "val_rollout": rollout / n}
+    # With their names, which a rank without a clip does not know.
+    totals = Counter()
+    for rank_sums in gather_from_ranks(sums):
+        totals.update(rank_sums)
+    n = totals.pop("clips")
+    return {"val_loss": totals.total() / n, **{f"val_{k}": v / n for k, v in totals.items()}}
 
 
 def build_optimizer(cfg, trainable, device):
@@ -227,7 +232,7 @@ def average_gradients(parameters, world_size):
     """Over all ranks, in one all-reduce a step: the adapters are small (25 MB)."""
     if world_size == 1:
         return
-    # None: adapts a layer that nothing uses
+    # None: a target that no forward pass uses, such as extrinsics_encoder
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
@@ -242,8 +247,8 @@ def main(args):
         return
     try:
         train(config.load(args))
-    except (ValueError, OSError) as error:
-        if "--debug" in args:
+    except (ValueError, OSError, ImportError) as error:
+        if any(arg.partition("=")[0] == "--debug" for arg in args):
             raise
         sys.exit(f"train.py: {error}")
 

@@ -75,6 +75,9 @@ class CUDAGraph:
     def __call__(self, batch):
         if self.graph is None:
             self._capture(batch)
+        shapes = {name: value.shape for name, value in batch.items()}
+        if shapes != {name: value.shape for name, value in self.staged.items()}:
+            raise ValueError(f"a CUDA graph takes batches of one shape, this one has {shapes}")
         # Copied from the host while the micro-batch before it is being computed.
         with torch.cuda.stream(self.copies):
             self.copies.wait_event(self.inputs_taken)

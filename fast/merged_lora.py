@@ -31,9 +31,9 @@ QKV_TILE = dict(ROWS=32, COLUMNS=64, num_warps=4, num_stages=3)
 def write_merged(out, weight, A, B, scale):
     """out [out features, in] = weight + scale · B A, in float32, rounded to the dtype of `out`.
 
-    To bfloat16 it rounds up or down by a threshold that is fixed for each element and spread evenly
-    over them (a dither): rounding to the nearest would lose all of an update of less than half a
-    rounding step. An update of zero changes no bit."""
+    To bfloat16 the rounding is stochastic, with noise that is fixed for each element: rounding to
+    the nearest would lose all of an update of less than half a rounding step. An update of zero
+    changes no bit."""
     total = weight.float() + scale * (B @ A)
     if weight.dtype == torch.bfloat16:
         # A hash of the element's number, kept to the 16 bits that bfloat16 lacks; it may wrap.
@@ -47,7 +47,10 @@ def write_merged(out, weight, A, B, scale):
 
 
 class MergedLoRALinear(LoRALinear):
-    """LoRALinear whose training mode uses a merged copy of the weights, once `merge` made one."""
+    """LoRALinear whose training mode uses a merged copy of the weights, once `merge` made one.
+
+    Only FastPredictor knows when that copy has to be made anew; a layer called by itself in
+    training mode uses the last one."""
 
     merged = None           # W + s B A of the micro-batch, in W's dtype
     input_scale = None      # dropout, [in features]: 0 or 1 / (1 - p) for each input
@@ -83,7 +86,7 @@ class MergedLoRALinear(LoRALinear):
         return x, weight, None if self.bias is None else self.bias.to(dtype), A, B, self.scale
 
 
-def unmerge(layer):
+def drop_merged(layer):
     """Drops what `MergedLoRALinear.merge` made."""
     for name in ("merged", "input_scale", "kernels"):
         vars(layer).pop(name, None)

@@ -39,9 +39,10 @@ def patches_first_rope(head_dim, frames, grid, device, first_frame):
     """`rope_table` for tokens in the order of this file: all patches, then [action, state] of each
     time step."""
     tables = rope_table(head_dim, frames, grid, grid, grid, N_COND, device, first_frame)
-    tables = [table.unflatten(0, (frames, -1)) for table in tables]             # [T, 2+N, d]
-    return tuple(torch.cat([table[:, N_COND:].flatten(0, 1), table[:, :N_COND].flatten(0, 1)])
-                 for table in tables)
+    with torch.inference_mode(False):               # cached, as rope_table
+        tables = [table.unflatten(0, (frames, -1)) for table in tables]         # [T, 2+N, d]
+        return tuple(torch.cat([table[:, N_COND:].flatten(0, 1), table[:, :N_COND].flatten(0, 1)])
+                     for table in tables)
 
 
 @lru_cache(maxsize=64)
@@ -51,7 +52,7 @@ def patches_first_mask(frames, past_frames, patches, device):
         step = torch.arange(first, last, device=device)
         return torch.cat([step.repeat_interleave(patches), step.repeat_interleave(N_COND)])
 
-    with torch.inference_mode(False):               # cached: made once, it must serve training
+    with torch.inference_mode(False):               # cached, as rope_table
         queries = steps_of(past_frames, past_frames + frames)
         return queries[:, None] >= steps_of(0, past_frames + frames)[None, :]
 
@@ -128,6 +129,7 @@ class FastPredictor(Predictor):
     """`Predictor` for tokens in the order of this file. Its KV caches are its own, too."""
 
     activation_checkpointing = False
+    merges = 0                                      # how often adapters were merged
     write_merged = staticmethod(write_merged)       # `fast.accelerate` puts a compiled one here
 
     def forward(self, z, actions, states, kv_cache=None):
@@ -164,13 +166,22 @@ class FastPredictor(Predictor):
             if checkpointing:
                 # Nothing in a block is random, dropout is drawn by `merge_adapters`: no random
                 # state has to be kept, which CUDA graphs would not allow.
-                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+                block = partial(checkpoint, self.run_block, block, self.merges,
+                                use_reentrant=False, preserve_rng_state=False)
             x, kv = block(x, rope, (T, N), use_kernels, mask, block_past, keep)
             kept.append(kv)
         z = self.predictor_proj(self.predictor_norm(x[:, :T * N]))              # [B, T*N, D]
         return z, kept if keep else None
 
+    def run_block(self, block, merges, *arguments):
+        """Runs a block, in the forward pass and again in the backward pass."""
+        if merges != self.merges:
+            raise RuntimeError("the adapters were merged again since this forward pass: call "
+                               "backward before the next forward, or use --compile=false")
+        return block(*arguments)
+
     def merge_adapters(self):
+        self.merges += 1
         for layer in lora.adapted_layers(self).values():
             layer.__class__ = MergedLoRALinear      # also what was injected since `accelerate`
             layer.merge(self.write_merged)

@@ -26,7 +26,7 @@ def rope_table(head_dim, frames, rows, cols, train_grid, n_cond, device, first_f
     different angles. (The usual layout repeats each frequency for both: [f0, f0, f1, f1 …].)
     """
     group = 2 * (head_dim // 3 // 2)
-    # The table is cached: made first under inference_mode, it could not take part in training.
+    # The table is cached, and tensors made under inference_mode cannot be saved for backward.
     with torch.inference_mode(False):
         frequency = 10000.0 ** (-torch.arange(group // 2, device=device) / (group / 2))
         frequency = frequency.tile(2)                                               # [group]
@@ -66,8 +66,8 @@ class Attention(nn.Module):
         """x [B, L, D] -> [B, L, D].
 
         rope: cosines and sines from `rope_table`, [L, d] each. mask [L, L'] bool, True where a
-        query may look; None: everywhere. kv_cache: a list that is empty or holds the keys and
-        values [B, H, L_past, d] of earlier tokens; those of x are appended, L' = L_past + L."""
+        query may look; None: everywhere. kv_cache: a list, empty or with the rotated keys and the
+        values [B, H, L_past, d] of earlier tokens; it is updated in place, L' = L_past + L."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)                           # [B, H, L, d]
         if kv_cache is not None:

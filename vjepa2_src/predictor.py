@@ -48,8 +48,8 @@ class Predictor(nn.Module):
         [B, T*N, encoder_dim]: for each frame t the latents of frame t+1, not layer-normed, in the
         weights' dtype (autocast's under it).
 
-        kv_cache: a list, empty before the first call; each call appends the keys and values of its
-        T time steps, so that a sequence can be continued without computing its beginning again.
+        kv_cache: a list, empty before the first call and updated in place: one list per block, of
+        keys and values. A sequence is then continued without computing its beginning again.
         Raises ValueError for shapes that do not fit each other."""
         T, N = actions.shape[1], self.grid ** 2
         tokens = N_COND + N
