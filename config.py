@@ -133,7 +133,7 @@ AT_LEAST = {
     "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0,
     "lr": 0, "min_lr": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0,
     "memory": 0, "log_every": 1, "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1,
-    "gcs_minutes": 0, "lora.rank": 1, "lora.dropout": 0,
+    "gcs_minutes": 0, "seed": 0, "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
     "data.shuffle_buffer": 1, "data.max_bad_episodes": 0,
     "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,

@@ -12,14 +12,11 @@ States are in the robot's base frame. Actions come from the observed poses, neve
 commands. The last action of a clip leads to a frame outside it: it is the true change if the
 episode has that frame, else zeros.
 
-An .npz trajectory holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` [n, 7]
-or [1, n, 7] as above, and, if it was cut from a longer one, the name of its `episode`. This is the
-way in for your own robot; it needs no TensorFlow.
+For your own robot there are .npz trajectories: episodes/npz.py. They need no TensorFlow.
 
 A damaged episode is named, counted and left out; more than data.max_bad_episodes stop the run. The
-train/validation split is a hash of the episode's name. Each rank reads clips of its own.
-`state_dict` says where the order of clips stands after the last batch handed out, and
-`load_state_dict` goes on from there: the same seed gives the same clips.
+train/validation split is a hash of the episode's name. Each rank reads clips of its own. The order
+of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
 import glob
 import os

@@ -5,9 +5,8 @@
     h = world.encode(frames)                            # [B, T, N, D]: T frames of N patches
     losses = world.losses(h, actions, states)           # {"teacher_forcing", "rollout"}: scalars
 
-Released weights: https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt, 11.76 GB, of which
-encoder and predictor are 5.27 GB in fp32 and 2.63 GB in bf16. The file is memory-mapped: the rest
-of it costs no memory.
+The released file (URL below) has 11.76 GB, of which encoder and predictor are 5.27 GB in fp32 and
+2.63 GB in bf16. It is memory-mapped: the rest costs no memory.
 """
 import hashlib
 import importlib.util
@@ -163,9 +162,8 @@ def resolve_precision(precision, device):
 
 
 def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    cpu = f"CPU ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def can_accelerate(cfg, device):

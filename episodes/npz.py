@@ -1,4 +1,9 @@
-"""Trajectories in .npz files, one episode a file; droid.py says what they hold."""
+"""Trajectories in .npz files, one episode a file: the way in for your own robot.
+
+A file holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` [n, 7] or [1, n, 7]
+(x y z in metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed; robot base
+frame), and, if it was cut from a longer one, the name of its `episode`.
+"""
 import zipfile
 import zlib
 from pathlib import Path
