@@ -20,6 +20,7 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -434,7 +435,7 @@ def load(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; energy.py config.yaml --adapters=… writes it"
                          ) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise ValueError(f"{path}: not a whole .npz file ({error}); compute it again") from None
 
 

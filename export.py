@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import zipfile
@@ -34,7 +35,6 @@ import numpy as np
 import torch
 
 import config
-import energy
 import files
 import lora
 import model
@@ -152,6 +152,8 @@ def package(run, steps, n_trajectories, target, overrides=()):
     run: a run folder of train.py. steps: the training steps whose adapters to pack; step 0 is the
     base model. n_trajectories: clips from validation episodes, at most. overrides: config keys
     over those of the run. Raises ValueError for a folder without these steps or a damaged one."""
+    # The other commands need neither matplotlib nor the data loader.
+    import energy
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}: no config.yaml in it; give the run folder that train.py wrote")
@@ -224,12 +226,18 @@ def _config_in_package(cfg):
 
 def source_files():
     """The files of this project that the notebook needs, relative to it, sorted: colab.ipynb,
-    LICENSE, the modules that its code cells import, and the modules that those import, at the top
-    or inside of functions."""
+    LICENSE, latents.py, the modules that its code cells import, and the modules that those import,
+    at the top or inside of functions. Raises ValueError if a cell is not Python."""
     notebook = json.loads((PROJECT / "colab.ipynb").read_text())
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    waiting = _imported_files("\n".join("".join(cell["source"]) for cell in cells))
-    found = {"colab.ipynb", "LICENSE"}
+    found, waiting = {"colab.ipynb", "LICENSE"}, ["latents.py"]
+    for number, cell in enumerate(notebook["cells"], 1):
+        if cell["cell_type"] == "code":
+            # lines for the notebook itself, such as !nvidia-smi and %matplotlib inline
+            code = re.sub(r"^(\s*)[!%?].*", r"\1pass", "".join(cell["source"]), flags=re.M)
+            try:
+                waiting += _imported_files(code)
+            except SyntaxError as error:
+                raise ValueError(f"colab.ipynb: cell {number} is not Python: {error}") from None
     while waiting:
         name = waiting.pop()
         if name not in found:

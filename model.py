@@ -171,7 +171,8 @@ def can_accelerate(cfg, device):
     that Triton needs to launch kernels."""
     compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
     return bool(cfg.compile and not cfg.debug and device.type == "cuda" and compiler
-                and importlib.util.find_spec("triton") and importlib.util.find_spec("fast"))
+                and importlib.util.find_spec("triton")
+                and getattr(importlib.util.find_spec("fast"), "origin", None))     # with its files
 
 
 def resolve_size(size):

@@ -29,7 +29,7 @@ class NpzFiles:
         location = Path(file).name
         try:
             name, poses = _read_poses(file)
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             yield DamagedEpisode(location, str(error))
             return
         yield Episode(location, name, poses, _LazyFrames(file, self.data, self.size))

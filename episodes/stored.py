@@ -1,6 +1,7 @@
 """Stored latents, as latents.py writes them: read without the encoder, the images or TensorFlow."""
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def read_index(folder, i):
     try:
         with np.load(folder / f"{i:05d}.npz") as arrays:
             return {key: arrays[key] for key in arrays}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 

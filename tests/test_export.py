@@ -245,7 +245,7 @@ def test_sources_are_found_wherever_they_are_imported(tmp_path, monkeypatch):
     contents = {
         "a.py": "def f():\n    if True:\n        import room.b as b\n    return b",
         "room/__init__.py": "from c import value", "room/b.py": "import os, numpy, a", "c.py": "",
-        "room/d.py": "", "e.py": "", "LICENSE": "", "unused.py": "import a"}
+        "room/d.py": "", "e.py": "", "latents.py": "", "LICENSE": "", "unused.py": "import a"}
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     cells = [{"cell_type": "markdown", "source": ["import unused"]},
@@ -254,7 +254,7 @@ def test_sources_are_found_wherever_they_are_imported(tmp_path, monkeypatch):
     (tmp_path / "colab.ipynb").write_text(json.dumps({"cells": cells}))
     monkeypatch.setattr(export, "PROJECT", tmp_path)
     assert export.source_files() == ["LICENSE", "a.py", "c.py", "colab.ipynb", "e.py",
-                                     "room/__init__.py", "room/b.py", "room/d.py"]
+                                     "latents.py", "room/__init__.py", "room/b.py", "room/d.py"]
 
 
 def run_python(args, folder, timeout=100):
@@ -377,3 +377,22 @@ def test_the_notebook_is_committed_without_outputs():
         if cell["cell_type"] == "code":
             assert not cell["outputs"] and cell["execution_count"] is None
             assert all(len(line) <= 100 for line in source.splitlines())
+
+
+@pytest.mark.parametrize("line, says", [
+    ("    !nvidia-smi", ""), ("    %matplotlib inline", ""),
+    ("import energy as", "cell 3 is not Python")])
+def test_a_notebook_edited_in_colab_is_packed_or_named(monkeypatch, tmp_path, line, says):
+    shutil.copytree(export.PROJECT, tmp_path / "project", ignore=shutil.ignore_patterns(
+        "runs", ".*", "tests", "docs"))
+    notebook = tmp_path / "project/colab.ipynb"
+    content = json.loads(notebook.read_text())
+    content["cells"][2] = {"cell_type": "code", "source": ["if True:\n", line]} if not says else {
+        "cell_type": "code", "source": [line]}
+    notebook.write_text(json.dumps(content))
+    monkeypatch.setattr(export, "PROJECT", tmp_path / "project")
+    if says:
+        with pytest.raises(ValueError, match=says):
+            export.source_files()
+    else:
+        assert {"energy.py", "latents.py", "fast/networks.py"} <= set(export.source_files())

@@ -14,6 +14,7 @@ import tokenize
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def test_what_is_read_first_stays_short(names, most):
 def test_the_reading_path_has_all_of_the_networks():
     networks = [name for name in project_files(".py") if name.startswith("vjepa2_src/")]
     assert networks and set(networks) <= set(READING_PATH)
+
+
+def test_the_readme_counts_right():
+    """Lines in its reading order; a/{b,c}.py stands for a/b.py and a/c.py."""
+    rows = re.findall(r"^\| \d \| (.*?) \| (\d+) \|", read("README.md"), re.M)
+    assert len(rows) == 6
+    for cell, lines in rows:
+        names = []
+        for name in re.findall(r"`(.*?)`", cell):
+            prefix, _, rest = name.partition("{")
+            inner, _, suffix = rest.partition("}")
+            names += [prefix + part + suffix for part in inner.split(",")]
+        files = [file for name in names for file in project_files()
+                 if file == name or name.endswith("/") and file.startswith(name)]
+        assert n_lines(*files) == int(lines), (cell, n_lines(*files))
 
 
 def test_test_files_have_at_most_400_lines():
@@ -252,15 +268,22 @@ def test_a_checkout_without_fast_does_everything(tmp_path):
     (["--compile=false"], "cuda", "", False),
     (["--debug"], "cuda", "", False),
     ([], "cuda", "fast", False),
+    ([], "cuda", "the files in fast", False),
     ([], "cuda", "triton", False),
     ([], "cuda", "C compiler", False),
 ])
 def test_fast_is_asked_for_only_where_it_can_run(monkeypatch, keys, device, missing, expected):
     """On a GPU as well --compile=false loads nothing of fast/: train.py, latents.py and energy.py
     import it after this question."""
+    def find_spec(name):
+        if name == missing:
+            return None
+        # a folder without __init__.py, such as one with old caches alone, has no origin
+        return SimpleNamespace(origin=None if name in missing.split() else name)
+
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which",
                         lambda name: None if missing == "C compiler" else f"/usr/bin/{name}")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     cfg = config.load(["config.yaml", *keys])
     assert model.can_accelerate(cfg, torch.device(device)) is expected
