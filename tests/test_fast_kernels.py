@@ -18,8 +18,8 @@ ATTENTION = """
 import torch, torch.nn.functional as F
 from fast.attention import first_steps, frame_causal_attention
 from fast.networks import patches_first_mask
-for B, H, T, N, d, seen in ((2, 2, 3, 32, 16, 0), (1, 1, 1, 16, 32, 0), (1, 2, 17, 16, 16, 0),
-                            (1, 1, 2, 128, 64, 0), (2, 1, 4, 16, 16, 3), (1, 2, 19, 16, 16, 2),
+for B, H, T, N, d, seen in ((2, 2, 3, 32, 16, 0), (1, 1, 1, 16, 32, 0), (1, 1, 17, 16, 16, 0),
+                            (1, 1, 2, 128, 64, 0), (2, 1, 4, 16, 16, 3), (1, 1, 19, 16, 16, 2),
                             (1, 1, 18, 16, 16, 17)):
     torch.manual_seed(0)
     L = T * (N + 2)
