@@ -57,18 +57,22 @@ def start_step(cfg, out, rank):
     return steps[-1] if steps else 0
 
 
-def save(folder, cfg, predictor, optimizer, scaler, loader):
-    """Writes step_N/ under another name, renames it, then removes what rotation no longer keeps.
-
-    All ranks call it, rank 0 writes. Raises OSError with the newest step that is safe, and
-    ValueError if more is trained than is saved."""
-    adapters = {id(p) for layer in lora.adapted_layers(predictor).values()
+def check_all_saved(world):
+    """Raises ValueError if something is trained that `save` does not save: before a run, not when
+    its first checkpoint is due."""
+    adapters = {id(p) for layer in lora.adapted_layers(world).values()
                 for p in (layer.lora_A, layer.lora_B)}
-    others = [name for name, p in predictor.named_parameters()
+    others = [name for name, p in world.named_parameters()
               if p.requires_grad and id(p) not in adapters]
     if others:
         raise ValueError(f"{', '.join(others[:3])}: trained, but only adapters are saved; freeze "
                          "them, or add them to checkpoint.save and checkpoint.load")
+
+
+def save(folder, cfg, predictor, optimizer, scaler, loader):
+    """Writes step_N/ under another name, renames it, then removes what rotation no longer keeps.
+
+    All ranks call it, rank 0 writes. Raises OSError with the newest step that is safe."""
     rank_state = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None}
     if torch.cuda.is_initialized():
         rank_state["cuda_rng"] = torch.cuda.get_rng_state()

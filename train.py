@@ -89,6 +89,7 @@ def run(cfg, device, picked=""):
     adapted = lora.inject(predictor, **asdict(cfg.lora))
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
+    checkpoint.check_all_saved(world)
     accelerated = model.can_accelerate(cfg, device)
     if accelerated:
         import fast

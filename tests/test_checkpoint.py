@@ -183,3 +183,16 @@ def test_logs_go_to_tensorboard_too(base, tmp_path):
     losses = [entry["loss"] for entry in logged]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     assert all(math.isfinite(entry["grad_norm"]) for entry in logged)
+
+
+def test_what_is_trained_but_not_saved_stops_a_run_before_it_starts(base, tmp_path, monkeypatch):
+    inject = lora.inject
+
+    def inject_and_unfreeze(predictor, **settings):
+        names = inject(predictor, **settings)
+        predictor.predictor_norm.weight.requires_grad_(True)
+        return names
+    monkeypatch.setattr(lora, "inject", inject_and_unfreeze)
+    with pytest.raises(ValueError, match="predictor.predictor_norm.weight: trained, but only"):
+        train.train(recipe(base, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -390,3 +390,9 @@ def test_damaged_landscapes_and_twice_the_same_folder(tmp_path):
         energy.names_of(["a/step_1", "a/step_1"])
     names = energy.names_of(["a/step_1", "baseline", "b/step_1"])
     assert names == ["baseline", "a/step_1", "b/step_1"]
+
+
+def test_energies_in_training_mode_are_refused():
+    world = model.WorldModel(*tiny()).train()
+    with pytest.raises(ValueError, match="eval mode; call world.eval"):
+        energy.landscape(world, torch.zeros(1, 16, 52), np.zeros((1, 7)), None, np.zeros((1, 7)))

@@ -236,3 +236,13 @@ def test_adapters_refuse_another_base_rank_scale_or_layers(predictor, tmp_path):
         lora.inject(other, **settings)
         with pytest.raises(ValueError, match=says):
             lora.load(other, tmp_path)
+
+
+def test_adapting_twice_and_saving_nothing_are_refused(predictor, tmp_path):
+    with pytest.raises(ValueError, match="no adapters to save"):
+        predictor.lora_config = None
+        lora.save(tmp_path, predictor)
+    lora.inject(predictor, rank=4, targets=("attn.qkv",))
+    with pytest.raises(ValueError, match="already adapted; call lora.remove"):
+        lora.inject(predictor, rank=4, targets=("mlp.fc1",))
+    assert len(lora.adapted_layers(predictor)) == 3

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config
+import model
 import train
 from small import recipe
 
@@ -158,3 +159,14 @@ def test_debug_runs_every_part(base, tmp_path):
     out = train.train(recipe(base, tmp_path / "run", "--debug", "--save_every=3", "--max_steps=3"))
     assert out.name == "step_3" and out.parent.parent == tmp_path / "run"
     assert [entry["step"] for entry in read_log(out.parent)] == [0, 1, 2, 3, 3]
+
+
+def test_every_loss_of_the_model_is_trained_validated_and_logged(base, tmp_path, monkeypatch):
+    losses = model.WorldModel.losses
+    monkeypatch.setattr(model.WorldModel, "losses", lambda *args, **options: losses(
+        *args, **options) | {"extra": torch.tensor(0.25)})
+    train.train(recipe(base, tmp_path / "run", "--max_steps=1"))
+    for entry in read_log(tmp_path / "run"):
+        prefix = "val_" if "val_loss" in entry else ""
+        parts = [entry[f"{prefix}{name}"] for name in ("teacher_forcing", "rollout", "extra")]
+        assert parts[2] == 0.25 and entry[f"{prefix}loss"] == pytest.approx(sum(parts))
