@@ -55,6 +55,7 @@ class DataConfig:
     val_fraction: float = 0.1
     shuffle_buffer: int = 512
     max_bad_episodes: int = 10
+    retry_minutes: float = 10.0
     latents: str = ""
     keys: KeysConfig = field(default_factory=KeysConfig)
 
@@ -105,9 +106,12 @@ class Config:
     milestones: tuple[int, ...] = (5000, 20000)
     gcs_dir: str = ""
     gcs_minutes: float = 30.0
+    dist_timeout_minutes: float = 5.0
     tensorboard: bool = False
     wandb: str = ""
-    resume: bool = False
+    resume: bool | str = False
+    init: str = ""
+    stop_at: int = 0
     debug: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -133,9 +137,10 @@ AT_LEAST = {
     "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0,
     "lr": 0, "min_lr": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0,
     "memory": 0, "log_every": 1, "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1,
-    "gcs_minutes": 0, "seed": 0, "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
+    "gcs_minutes": 0, "dist_timeout_minutes": 0.05, "stop_at": 0, "seed": 0,
+    "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
-    "data.shuffle_buffer": 1, "data.max_bad_episodes": 0,
+    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.max_bad_episodes": 0,
     "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
     "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
@@ -219,6 +224,8 @@ def _typed(default, new, where, name):
     # a path or a name may look like a number: --out_dir=2026
     if wanted is str and type(new) in (int, float):
         return str(new)
+    if name == "resume" and new == "changed":
+        return new
     if name == "model.size" and type(new) in (str, dict):
         return new
     if type(new) is not wanted:

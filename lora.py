@@ -15,13 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from config import LoraConfig
 from files import write_file, write_safetensors
-
-
-PREFIX = "base_model.model."        # PEFT puts it before every module name
+from files.peft import PREFIX, read
 
 
 class LoRALinear(nn.Linear):
@@ -155,29 +152,6 @@ def adapter_files(module, base=""):
     write_safetensors(buffer, sorted(state), state.__getitem__, header)
     return {"adapter_model.safetensors": buffer.getvalue(),
             "adapter_config.json": json.dumps(peft, indent=2).encode()}
-
-
-def read(folder):
-    """(adapter_config.json, {PEFT's name: tensor}, the base's fingerprint or "") of a PEFT folder.
-    Raises ValueError if the folder is incomplete or no plain LoRA."""
-    folder = Path(folder)
-    try:
-        peft = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            base = (file.metadata() or {}).get("base_fingerprint", "")
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: not an adapter folder: adapter_config.json and "
-                         "adapter_model.safetensors must be in it") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the adapter is cut short or damaged ({error}); copy it again"
-                         ) from None
-    extras = [key for key in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern",
-                              "alpha_pattern", "fan_in_fan_out") if peft.get(key)]
-    if peft.get("peft_type") != "LORA" or peft.get("bias", "none") != "none" or extras:
-        raise ValueError(f"{folder}: only plain LoRA is read, this adapter is "
-                         f"{peft.get('peft_type')} with {', '.join(extras) or 'trained biases'}")
-    return peft, state, base
 
 
 @torch.no_grad()

@@ -29,8 +29,11 @@ import config
 import droid
 import lora
 import model
-from checkpoint import gather_from_ranks, sum_over_ranks
 from episodes.stored import check_store
+from running.log import Logger, StepTimer
+from running.mirror import Mirror
+from running.ranks import average_gradients, gather_from_ranks, sum_over_ranks
+from running.stop import StopSignal
 
 
 def lr_at(step, cfg):
@@ -120,7 +123,7 @@ def run(cfg, device, picked=""):
         for parameter in trainable:
             dist.broadcast(parameter.data, 0)
 
-    logger = checkpoint.Logger(cfg, out, start, rank)
+    logger = Logger(cfg, out, start, rank)
     logger.print_header(cfg, device, precision, world, len(adapted), start, world_size)
     if picked:
         logger.print(picked)
@@ -132,9 +135,9 @@ def run(cfg, device, picked=""):
     if accelerated:
         # Ranks talk after the last micro-batch only, so that the graph holds no communication.
         micro_step = fast.CUDAGraph(micro_step, trainable)
-    mirror, timer = checkpoint.Mirror(cfg, out, rank), checkpoint.StepTimer()
+    mirror, timer = Mirror(cfg, out, rank), StepTimer()
     batches, last_save = iter(loader), start
-    with checkpoint.StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
+    with StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
         for step in range(start, cfg.max_steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
@@ -227,19 +230,6 @@ def build_optimizer(cfg, trainable, device):
         raise ValueError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, "
                          "or use --optimizer=adamw (38 MB more)") from None
     return bitsandbytes.optim.AdamW8bit(trainable, **settings)
-
-
-def average_gradients(parameters, world_size):
-    """Over all ranks, in one all-reduce a step: the adapters are small (25 MB)."""
-    if world_size == 1:
-        return
-    # None: a target that no forward pass uses, such as extrinsics_encoder
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    means = (flat / world_size).split([grad.numel() for grad in grads])
-    for grad, mean in zip(grads, means):
-        grad.copy_(mean.view_as(grad))
 
 
 def main(args):

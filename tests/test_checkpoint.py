@@ -15,6 +15,7 @@ import config
 import lora
 import model
 import train
+from running.log import Logger
 from small import recipe
 
 
@@ -158,13 +159,13 @@ def test_a_lost_step_is_run_again_and_logged_once(base, tmp_path, monkeypatch):
     """The run dies after step 5, its newest checkpoint is step 4."""
     whole, died = tmp_path / "whole", tmp_path / "died"
     train.train(recipe(base, whole, "--save_every=2"))
-    log = checkpoint.Logger.log
+    log = Logger.log
 
     def log_and_die(self, done, **values):
         log(self, done, **values)
         if done == 5:
             raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint.Logger, "log", log_and_die)
+    monkeypatch.setattr(Logger, "log", log_and_die)
     with pytest.raises(KeyboardInterrupt):
         train.train(recipe(base, died, "--save_every=2"))
     monkeypatch.undo()

@@ -228,14 +228,15 @@ def test_a_package_holds_what_it_says(base, run, package, tmp_path):
 def test_the_sources_are_those_that_the_notebook_imports():
     names = export.source_files()
     assert {"colab.ipynb", "LICENSE", "export.py", "energy.py", "model.py", "lora.py", "config.py",
-            "files.py", "droid.py", "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
+            "files/__init__.py", "files/peft.py", "files/weights.py", "droid.py",
+            "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
             "analysis/__init__.py", "analysis/compare.py", "analysis/figures.py",
             "episodes/npz.py"} <= set(names)
     # imported inside of functions, on a GPU
     assert {str(path.relative_to(PROJECT)) for path in PROJECT.glob("fast/*.py")} <= set(names)
     assert not {"train.py", "toy.py", "conftest.py", "test_smoke.py"} & set(names)
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders - {"fast"} == {"analysis", "episodes", "vjepa2_src"}
+    assert folders - {"fast"} == {"analysis", "episodes", "files", "vjepa2_src"}
     assert names == sorted(set(names))
 
 

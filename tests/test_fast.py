@@ -149,7 +149,7 @@ def test_an_edit_of_the_plain_code_is_never_ignored(tmp_path):
     for edit, (file, old, new) in EDITS.items():
         folder = tmp_path / edit
         folder.mkdir()
-        for name in ("config.py", "files.py", "lora.py", "model.py", "vjepa2_src", "fast"):
+        for name in ("config.py", "files", "lora.py", "model.py", "vjepa2_src", "fast"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
         text = (folder / file).read_text()

@@ -79,22 +79,23 @@ def test_a_run_is_mirrored_and_can_start_from_its_mirror(gs, tmp_path):
     (tmp_path / "run/step_12.tmp/state.pt").write_text("half")
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     out, err = gs("""
-import sys, checkpoint, droid
+import sys, droid
 from pathlib import Path
+from running import mirror
 run, url, tf = Path(sys.argv[1]), "gs://gresearch/mirror/run", droid.tensorflow()
-checkpoint.upload(run, url)
-checkpoint.upload(run / "step_2", url + "/step_99")            # as if cut off before state.pt
+mirror.upload(run, url)
+mirror.upload(run / "step_2", url + "/step_99")            # as if cut off before state.pt
 tf.io.gfile.remove(url + "/step_99/state.pt")
 (run / "metrics.jsonl").write_text("{}\\n{}\\n")
 (run / "step_2/state.pt").write_text("must not be sent again")
-checkpoint.upload(run, url)
+mirror.upload(run, url)
 for path in sorted(tf.io.gfile.glob(url + "/*") + tf.io.gfile.glob(url + "/*/*")):
     print(path)
 assert tf.io.gfile.GFile(url + "/metrics.jsonl").read() == "{}\\n{}\\n"
 assert tf.io.gfile.GFile(url + "/step_2/state.pt").read() == "state 2"
-assert checkpoint.fetch_newest(url, sys.argv[2])
-assert not checkpoint.fetch_newest(url + "/nothing", sys.argv[2])
-checkpoint.upload(run, "gs://no-such-bucket/run")              # prints, does not raise
+assert mirror.fetch_newest(url, sys.argv[2])
+assert not mirror.fetch_newest(url + "/nothing", sys.argv[2])
+mirror.upload(run, "gs://no-such-bucket/run")              # prints, does not raise
 """, tmp_path / "run", tmp_path / "fresh")
     assert ".tmp" not in out and "step_10/state.pt" in out
     fresh = tmp_path / "fresh"

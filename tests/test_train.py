@@ -14,6 +14,7 @@ import checkpoint
 import config
 import model
 import train
+from running.log import Logger
 from small import recipe
 
 
@@ -41,13 +42,13 @@ def test_lr_schedules():
 
 def send_sigterm_at(monkeypatch, step):
     """A real signal to this process while `step` is being logged."""
-    log = checkpoint.Logger.log
+    log = Logger.log
 
     def log_and_signal(self, done, **values):
         log(self, done, **values)
         if done == step and "loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(checkpoint.Logger, "log", log_and_signal)
+    monkeypatch.setattr(Logger, "log", log_and_signal)
 
 
 @pytest.mark.parametrize("args", [
