@@ -2,49 +2,235 @@
 
     out_dir/config.yaml         the recipe, resolved
     out_dir/metrics.jsonl       one dict a line
-    out_dir/step_N/             the adapter in PEFT's form, and state.pt for an exact resume
+    out_dir/step_N/             the adapter in PEFT's form, state.pt for an exact resume, and the
+                                SHA256SUMS of these files (sha256sum -c SHA256SUMS)
 
 Every file is written beside itself and renamed, a step's folder too: a run that is killed at any
-moment leaves whole checkpoints or none.
+moment leaves whole checkpoints or none. Equal runs write equal bytes. A lock lets one run write.
 """
+import hashlib
 import io
-import pickle
 import re
 import shutil
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import config
 import lora
-from files import write_file
+import model
+from files import free_name, write_file
+from running import settings
+from running.lock import Lock
 from running.mirror import fetch_newest
 from running.ranks import gather_from_ranks
 
 
-# Steps
+SUMS = "SHA256SUMS"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What state.pt holds, besides the settings ("history"), which those of older versions do not have.
+STATE = {"step": int, "ranks": list, "optimizer": dict, "optimizer_name": str, "scaler": dict,
+         "base": str}
+
+
+# Starting
+
+@dataclass
+class Run:
+    """A run folder that is open for writing."""
+    out: Path
+    lock: Lock | None = None
+    start: int = 0              # the step to go on from
+    # [{"from_step", "settings"}] before `start`: what it was trained with, an entry a change
+    history: list = field(default_factory=list)
+    state: dict | None = None   # of step `start`, as in state.pt
+    other_base: bool = False    # whether the adapter may have been trained on another base
+
+
+@contextmanager
+def open_run(cfg, device, lr_at):
+    """Yields (the Config with which to train, Run), on all ranks: for a new run `cfg`, with
+    --resume merged with the run's own settings.
+
+    lr_at(step, cfg): the schedule, for what is said when it changes. Raises ValueError rather than
+    mixing two runs, or if no checkpoint is whole."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    precision = model.resolve_precision(cfg.precision, device)
+    if precision != cfg.precision and rank == 0:
+        tqdm.write(f"{model.device_name(device)} has no fast {cfg.precision}: {precision}")
+    cfg = replace_keeping_given(cfg, precision=precision)
+    lock = Lock(cfg.out_dir) if rank == 0 else nullcontext()
+    with lock:
+        outcome = None
+        if rank == 0:
+            try:
+                outcome = _plan(cfg, ranks, device, lr_at)
+            except (ValueError, OSError) as error:
+                outcome = error
+        if ranks > 1:
+            outcome = gather_from_ranks(outcome)[0]
+        if isinstance(outcome, Exception):
+            # One line is enough: rank 0 prints it.
+            raise outcome if rank == 0 else SystemExit(1)
+        cfg, start, history = outcome
+        run = Run(Path(cfg.out_dir), lock if rank == 0 else None, start, history)
+        if start:
+            run.state = read_state(run.out / f"step_{start}")
+        run.other_base = cfg.resume == "changed"
+        yield replace(cfg, resume=False), run
+
+
+def replace_keeping_given(cfg, **values):
+    """dataclasses.replace that keeps `given`, which is no field."""
+    new = replace(cfg, **values)
+    new.given = getattr(cfg, "given", None)
+    return new
+
+
+def _plan(cfg, ranks, device, lr_at):
+    """(merged Config, step to go on from, history), decided by rank 0."""
+    out = Path(cfg.out_dir)
+    if cfg.resume and cfg.gcs_dir and not step_folders(out):
+        fetch_newest(cfg.gcs_dir, out)
+    start, state = _newest_whole(out, cfg.resume)
+    if not start:
+        cfg = settings.with_adapter_of(cfg) if cfg.init else cfg
+        return cfg, 0, []
+    history = state.get("history", [])
+    own = settings.own_settings(out, history)
+    own["precision"] = model.resolve_precision(own["precision"], device)
+    # bitsandbytes would take a state of PyTorch's AdamW without a word, and not use it.
+    own["optimizer"] = state["optimizer_name"]
+    asked = cfg.resume
+    cfg = settings.merge(cfg, own, start, ranks, len(state["ranks"]), bool(history), tqdm.write)
+    if cfg.optimizer != own["optimizer"]:
+        raise ValueError(f"{out}: was trained with --optimizer={own['optimizer']}, whose state "
+                         f"{cfg.optimizer} cannot use; --init={out}/step_{start} starts a new run "
+                         "from its adapter")
+    for name, end in (("max_steps", cfg.max_steps), ("stop_at", cfg.stop_at)):
+        if 0 < end < start:
+            raise ValueError(f"{out}: is at step {start}, which is beyond --{name}={end}; give a "
+                             f"larger --{name}, or --init={out}/step_{start} for a new run")
+    note = settings.rate_note(own, cfg, start, lr_at)
+    if note:
+        tqdm.write(note)
+    return replace_keeping_given(cfg, resume=asked), start, history
+
+
+def step_folders(out):
+    """{N: folder} of all step_N folders in a run folder, whole or not, ascending."""
+    found = {path: re.fullmatch(r"step_(\d+)", path.name) for path in Path(out).glob("step_*")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
 
 def saved_steps(out):
-    """Steps with a complete checkpoint in a run folder, ascending."""
-    found = (re.fullmatch(r"step_(\d+)", path.parent.name)
-             for path in Path(out).glob("step_*/state.pt"))
-    return sorted(int(match[1]) for match in found if match)
+    """Steps whose folder holds a state.pt, ascending: it is written last."""
+    return [step for step, path in step_folders(out).items() if (path / "state.pt").exists()]
 
 
-def start_step(cfg, out, rank):
-    """The step to go on from, 0 for a new run. Raises ValueError rather than mixing two runs."""
-    if cfg.resume and cfg.gcs_dir and not saved_steps(out):
-        if rank == 0:
-            fetch_newest(cfg.gcs_dir, out)
-        if dist.is_initialized():
-            dist.barrier()
-    steps = saved_steps(out)
-    if steps and not cfg.resume:
-        raise ValueError(f"{out} already holds step {steps[-1]}; go on with --resume or choose "
-                         "another --out_dir")
-    return steps[-1] if steps else 0
+def newest_step(out):
+    """The newest step that can be resumed from, 0 for none: for messages that recommend it."""
+    for step, path in reversed(step_folders(out).items()):
+        try:
+            read_state(path)
+        except ValueError:
+            continue
+        return step
+    return 0
 
+
+def _newest_whole(out, resume):
+    """(step, content of state.pt) to go on from, (0, None) for a new run. Raises ValueError."""
+    folders = step_folders(out)
+    if folders and not resume:
+        newest = max(folders)
+        raise ValueError(f"{out} already holds step {newest}; go on with --resume or choose "
+                         f"another --out_dir (--init={folders[newest]} starts from its adapter)")
+    faults = []
+    for step, folder in reversed(folders.items()):
+        try:
+            state = read_state(folder)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            tqdm.write(f"{fault}; going on from step {step}", file=sys.stderr)
+        return step, state
+    if faults:
+        raise ValueError(f"{faults[0]}; no step before it is whole: copy it again, or start a new "
+                         f"run from its adapter with --init={max(folders.items())[1]} "
+                         "--out_dir=…")
+    return 0, None
+
+
+def read_state(folder):
+    """The content of a step's state.pt, once all files of the step are found whole.
+
+    Raises ValueError with what is damaged."""
+    folder = Path(folder)
+    names = (*ADAPTER_FILES, "state.pt")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: has no {name}")
+    sums = _read_sums(folder)
+    for name, digest in sums.items():
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path}: damaged (its SHA-256 is not that of {SUMS})")
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    # PyTorch raises whatever the damaged bytes lead it to.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise ValueError(f"{folder}/state.pt: damaged ({reason})") from None
+    fault = _fault_of_state(state, folder)
+    if fault:
+        raise ValueError(f"{folder}/state.pt: damaged ({fault})")
+    if "history" in state and not set(names) <= sums.keys():
+        raise ValueError(f"{folder}/{SUMS}: missing or cut short, so that its files cannot be "
+                         "checked")
+    lora.read(folder)
+    return state
+
+
+def _read_sums(folder):
+    """{name: SHA-256} of a step's files; {} for a step of an older version, which has no sums."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        return {line[66:]: line[:64] for line in lines}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder}/{SUMS}: damaged ({error})") from None
+
+
+def _fault_of_state(state, folder):
+    """What is wrong with the content of a state.pt, or ""."""
+    if not isinstance(state, dict):
+        return f"holds a {type(state).__name__}"
+    for key, kind in STATE.items():
+        if not isinstance(state.get(key), kind):
+            return f"{key} is {'missing' if key not in state else type(state[key]).__name__}"
+    if state["step"] != int(folder.name.partition(".")[0].removeprefix("step_")):
+        return f"of step {state['step']}"
+    history = state.get("history", [])
+    if not isinstance(history, list) or not all(
+            isinstance(era, dict) and isinstance(era.get("settings"), dict) for era in history):
+        return "history holds no settings"
+    for rank in state["ranks"]:
+        data = rank.get("data") if isinstance(rank, dict) else None
+        if not isinstance(data, dict) or not torch.is_tensor(rank.get("rng")) or not all(
+                isinstance(data.get(key), int) for key in ("round", "index", "count")):
+            return "ranks hold no random state or no place in the data"
+    return "" if state["ranks"] else "it has no rank"
+
+
+# Saving
 
 def check_all_saved(world):
     """Raises ValueError if something is trained that `save` does not save: before a run, not when
@@ -58,62 +244,96 @@ def check_all_saved(world):
                          "them, or add them to checkpoint.save and checkpoint.load")
 
 
-def save(folder, cfg, predictor, optimizer, scaler, loader):
+def position(loader):
+    """Where this rank is in its random streams and in the data: taken before a step, it is what
+    repeating that step needs."""
+    place = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None}
+    if torch.cuda.is_initialized():
+        place["cuda_rng"] = torch.cuda.get_rng_state()
+    return place
+
+
+def save(run, step, cfg, predictor, optimizer, scaler, place):
     """Writes step_N/ under another name, renames it, then removes what rotation no longer keeps.
+    Returns the folder. place: `position` after the step.
 
     All ranks call it, rank 0 writes. Raises OSError with the newest step that is safe."""
-    rank_state = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None}
-    if torch.cuda.is_initialized():
-        rank_state["cuda_rng"] = torch.cuda.get_rng_state()
-    rank_states = gather_from_ranks(rank_state)
+    folder, places = run.out / f"step_{step}", gather_from_ranks(place)
     if dist.is_initialized() and dist.get_rank():
-        return
-    state = {"step": int(folder.name.removeprefix("step_")), "ranks": rank_states,
-             "optimizer": optimizer.state_dict(), "optimizer_name": cfg.optimizer,
-             "scaler": scaler.state_dict(), "base": predictor.base_fingerprint}
+        return folder
+    state = {"step": step, "ranks": places, "optimizer": optimizer.state_dict(),
+             "optimizer_name": cfg.optimizer, "scaler": scaler.state_dict(),
+             "base": predictor.base_fingerprint,
+             "history": settings.new_history(run.history, cfg, run.start)}
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_canonical(state), buffer)
+    contents = lora.adapter_files(predictor, cfg.model.checkpoint) | {"state.pt": buffer.getvalue()}
+    contents[SUMS] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+                             for name, data in contents.items()).encode()
     partial = folder.with_name(f"{folder.name}.tmp")
     try:
-        lora.save(partial, predictor, base=cfg.model.checkpoint)
-        write_file(partial / "state.pt", buffer.getbuffer())
-        # `start_step` refuses a folder with a complete step_N, so this one is incomplete.
+        run.lock.check()
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, data in contents.items():
+            write_file(partial / name, data)
+        # What is there cannot be resumed from, or this run would have started behind it; but it
+        # may hold an adapter.
         if folder.exists():
-            shutil.rmtree(folder)
+            aside = free_name(folder, "damaged")
+            folder.rename(aside)
+            tqdm.write(f"{folder}: was not whole; kept as {aside.name}", file=sys.stderr)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        kept = saved_steps(folder.parent)
-        newest = f"step {kept[-1]}" if kept else "none"
-        raise OSError(f"{error}; make room and go on with --resume "
-                      f"(newest checkpoint: {newest})") from None
-    rotating = [step for step in saved_steps(folder.parent) if step not in cfg.milestones]
-    for step in rotating[:-cfg.keep]:
-        shutil.rmtree(folder.with_name(f"step_{step}"))
+        newest = newest_step(run.out)
+        raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
+                      f"{f'step {newest}' if newest else 'none'})") from None
+    rotating = [old for old in saved_steps(run.out) if old not in cfg.milestones]
+    for old in rotating[:-cfg.keep]:
+        shutil.rmtree(run.out / f"step_{old}")
+    return folder
 
 
-def load(folder, cfg, predictor, optimizer, scaler, loader):
-    """The reverse of `save`, on all ranks. Raises ValueError if the file is damaged, or the run was
-    of another base, LoRA shape or optimizer."""
+def _canonical(value):
+    """The same content built in one way, so that it is pickled to the same bytes: pickle writes
+    that two equal strings or tensors are one object where they happen to be."""
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: (type(key).__name__, key))
+        return {_canonical(key): _canonical(value[key]) for key in keys}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_canonical(item) for item in value])
+    if torch.is_tensor(value):
+        return value.detach().cpu().clone()
+    return sys.intern(value) if type(value) is str else value
+
+
+def load(run, cfg, predictor, optimizer, scaler, loader):
+    """The reverse of `save`, on all ranks. Raises ValueError if the run was of another base or LoRA
+    shape."""
+    folder, state = run.out / f"step_{run.start}", run.state
     lora.load(predictor, folder)
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}/state.pt: damaged ({str(error).splitlines()[0][:100]}); remove "
-                         f"{folder} to go on from the checkpoint before it") from None
-    # bitsandbytes would take a state of PyTorch's AdamW without a word, and not use it.
-    if state["optimizer_name"] != cfg.optimizer:
-        raise ValueError(f"{folder}: was trained with --optimizer={state['optimizer_name']}, whose "
-                         f"state {cfg.optimizer} cannot use; resume with the same one")
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{folder}/state.pt: its optimizer state does not fit the adapters "
+                         f"({error}); --init={folder} starts a new run from its adapter") from None
+    for group in optimizer.param_groups:
+        group["weight_decay"] = cfg.weight_decay            # a resume may change it
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved = state["ranks"]
     if len(saved) != world_size and rank == 0:
         tqdm.write(f"{folder}: saved by {len(saved)} ranks, resumed on {world_size}: the order of "
                    "clips changes")
-    rank_state = saved[rank % len(saved)]
-    loader.load_state_dict(rank_state["data"])
-    torch.set_rng_state(rank_state["rng"])
-    if rank_state["cuda_rng"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(rank_state["cuda_rng"])
+    place = saved[rank % len(saved)]
+    loader.load_state_dict(place["data"])
+    torch.set_rng_state(place["rng"])
+    if place["cuda_rng"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(place["cuda_rng"])
+
+
+def save_config(run, cfg):
+    """Writes the run's config.yaml, unless it says the same already."""
+    path, text = run.out / "config.yaml", config.dump(settings.saved(cfg)).encode()
+    if not path.is_file() or path.read_bytes() != text:
+        write_file(path, text)

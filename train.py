@@ -18,7 +18,6 @@ from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -55,33 +54,33 @@ def train(cfg):
     with one line to act on."""
     config.validate(cfg)
     device = model.resolve_device(cfg.device)
-    picked = ""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if cfg.memory:
-        from fast import memory
-        cfg = memory.cap_gpu_memory(cfg, device)
-        cfg, picked = memory.choose_micro_batch(cfg, model.can_accelerate(cfg, device))
-    try:
-        return run(cfg, device, picked)
-    except torch.OutOfMemoryError as error:
-        if importlib.util.find_spec("fast") is None:
-            raise ValueError(f"{error}; use a smaller --batch_size") from None
-        from fast import memory
-        steps = checkpoint.saved_steps(cfg.out_dir)
-        raise ValueError(memory.out_of_memory(cfg, device, steps[-1] if steps else 0)) from None
-
-
-def run(cfg, device, picked=""):
-    # Devices. torchrun sets RANK and its kin.
+    # torchrun sets RANK and its kin.
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with checkpoint.open_run(cfg, device, lr_at) as (cfg, run_folder):
+        picked = ""
+        if cfg.memory:
+            from fast import memory
+            cfg = memory.cap_gpu_memory(cfg, device)
+            cfg, picked = memory.choose_micro_batch(cfg, model.can_accelerate(cfg, device))
+        try:
+            return run(cfg, device, run_folder, picked)
+        except torch.OutOfMemoryError as error:
+            if importlib.util.find_spec("fast") is None:
+                raise ValueError(f"{error}; use a smaller --batch_size") from None
+            from fast import memory
+            newest = checkpoint.newest_step(cfg.out_dir)
+            raise ValueError(memory.out_of_memory(cfg, device, newest)) from None
+
+
+def run(cfg, device, run_folder, picked=""):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    precision = model.resolve_precision(cfg.precision, device)
-    dtype = model.DTYPES[precision]
+    dtype = model.DTYPES[cfg.precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    out = Path(cfg.out_dir)
-    start = checkpoint.start_step(cfg, out, rank)
+    out, start = run_folder.out, run_folder.start
+    end = min(cfg.max_steps, cfg.stop_at or cfg.max_steps)
 
     # Model: the base in half precision and frozen, the adapters in float32.
     torch.manual_seed(cfg.seed)
@@ -93,6 +92,8 @@ def run(cfg, device, picked=""):
     world = model.WorldModel(encoder, predictor).train()
     trainable = [p for p in world.parameters() if p.requires_grad]
     checkpoint.check_all_saved(world)
+    if cfg.init and not start:
+        lora.load(predictor, cfg.init)
     accelerated = model.can_accelerate(cfg, device)
     if accelerated:
         import fast
@@ -102,7 +103,7 @@ def run(cfg, device, picked=""):
 
     # Optimizer
     optimizer = build_optimizer(cfg, trainable, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     torch.manual_seed(cfg.seed + 1 + rank)              # dropout: another stream on each rank
 
     # Data. The validation batches are the same ones each time.
@@ -112,19 +113,20 @@ def run(cfg, device, picked=""):
         val_loader = droid.create_dataloader(cfg, "val", shuffle=False)
         val_batches = list(islice(val_loader, cfg.val_batches))
         if not sum_over_ranks(torch.tensor(len(val_batches), device=device)):
-            raise ValueError(f"{cfg.data.path}: no clip for validation; raise --data.val_fraction "
-                             f"(now {cfg.data.val_fraction}) or set --val_every=0")
+            raise val_loader.no_clips_error()
 
     # Resume
     if start:
-        checkpoint.load(out / f"step_{start}", cfg, predictor, optimizer, scaler, loader)
+        checkpoint.load(run_folder, cfg, predictor, optimizer, scaler, loader)
     if world_size > 1:
         # GPUs of different kinds draw different numbers from one seed: rank 0's adapters for all.
         for parameter in trainable:
             dist.broadcast(parameter.data, 0)
 
+    if rank == 0:
+        checkpoint.save_config(run_folder, cfg)
     logger = Logger(cfg, out, start, rank)
-    logger.print_header(cfg, device, precision, world, len(adapted), start, world_size)
+    logger.print_header(cfg, device, world, len(adapted), start, end, world_size)
     if picked:
         logger.print(picked)
     if cfg.val_every and not start:
@@ -138,7 +140,7 @@ def run(cfg, device, picked=""):
     mirror, timer = Mirror(cfg, out, rank), StepTimer()
     batches, last_save = iter(loader), start
     with StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
-        for step in range(start, cfg.max_steps):
+        for step in range(start, end):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
             totals = {}
@@ -153,7 +155,7 @@ def run(cfg, device, picked=""):
             scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
             # fp16 skips such a step and lowers its scale.
-            if precision != "fp16" and not grad_norm.isfinite():
+            if cfg.precision != "fp16" and not grad_norm.isfinite():
                 raise ValueError(f"step {step + 1}: the gradient is not finite; lower --lr or use "
                                  f"--precision=fp32; the newest checkpoint is step {last_save}")
             scaler.step(optimizer)
@@ -162,7 +164,7 @@ def run(cfg, device, picked=""):
 
             done = step + 1
             timer.count()
-            last = done == cfg.max_steps
+            last = done == end
             logging = last or done % cfg.log_every == 0
             evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
             if logging:
@@ -174,8 +176,8 @@ def run(cfg, device, picked=""):
             leaving = stop.on_any_rank(device)
             saving = last or leaving or done % cfg.save_every == 0 or done in cfg.milestones
             if saving:
-                folder = out / f"step_{done}"
-                checkpoint.save(folder, cfg, predictor, optimizer, scaler, loader)
+                folder = checkpoint.save(run_folder, done, cfg, predictor, optimizer, scaler,
+                                         checkpoint.position(loader))
                 logger.print(f"saved {folder}; {loader.report()}")
                 last_save = done
             uploaded = mirror.upload_if_due(now=last or leaving)

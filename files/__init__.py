@@ -31,6 +31,15 @@ def write_file(path, data):
         raise OSError(error.errno, message, str(path)) from None
 
 
+def free_name(path, ending):
+    """path.ENDING, or path.ENDING-2 and so on if that is taken."""
+    """A name beside `path` that is not taken: path.ENDING, path.ENDING-2 and so on."""
+    names = [path.with_name(f"{path.name}.{ending}")]
+    while names[-1].exists():
+        names.append(path.with_name(f"{path.name}.{ending}-{len(names) + 1}"))
+    return names[-1]
+
+
 def write_npz(path, **arrays):
     """Writes arrays as np.savez_compressed does, atomically. Raises OSError as `write_file`."""
     data = io.BytesIO()

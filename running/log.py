@@ -1,6 +1,7 @@
 """A run's logs: metrics.jsonl, the terminal, TensorBoard, W&B; and the time that steps take."""
 import json
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,9 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import config
 import model
-from files import write_file
+from files import free_name, write_file
 
 
 class Logger:
@@ -28,15 +28,38 @@ class Logger:
         if not self.main:
             return
         out.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, out / "config.yaml")
-        kept = []
-        if start and self.path.exists():            # later steps are about to be run again
-            kept = [line for line in self.path.read_text().splitlines()
-                    if json.loads(line)["step"] <= start]
-        write_file(self.path, "".join(line + "\n" for line in kept).encode())
+        self._keep_metrics(start)
+        # A log that cannot be written is no reason to lose the run.
+        try:
+            self._open_trackers(cfg, out, start)
+        except Exception as error:
+            self.print(f"logs go to {self.path} only: {' '.join(str(error).split())[:200]}")
+
+    def _keep_metrics(self, start):
+        """Leaves the lines up to step `start` in metrics.jsonl: later ones are about to be run
+        again. A torn or odd line is dropped and counted."""
+        if self.path.is_symlink() or self.path.exists() and not self.path.is_file():
+            aside = free_name(self.path, "before")
+            self.path.rename(aside)
+            self.print(f"{self.path}: was no file; kept as {aside.name}")
+        kept, odd = [], 0
+        if start and self.path.exists():
+            with open(self.path, "rb") as file:
+                # A file without line ends is not to fill the memory.
+                for line in iter(lambda: file.readline(1 << 20), b""):
+                    step = _step_of(line)
+                    odd += step is None
+                    if step is not None and step <= start:
+                        kept.append(line.rstrip(b"\r\n") + b"\n")
+        write_file(self.path, b"".join(kept))
+        if odd:
+            self.print(f"{self.path}: {odd} damaged lines dropped")
+
+    def _open_trackers(self, cfg, out, start):
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=start)
+            # Events of steps from purge_step on are hidden: step `start` itself is not run again.
+            self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=start + 1)
         if cfg.wandb:
             import wandb
             self.wandb = wandb.init(project=cfg.wandb, name=out.name, dir=out, resume="auto",
@@ -45,27 +68,32 @@ class Logger:
     def print(self, text):
         if self.main:
             tqdm.write(text)
+            sys.stdout.flush()          # a pipe or a file would get it blocks later
 
-    def print_header(self, cfg, device, precision, world, n_adapted, start, world_size):
+    def print_header(self, cfg, device, world, n_adapted, start, end, world_size):
         """What runs where, in three lines."""
-        slow = " (this GPU has no fast bf16)" if precision != cfg.precision else ""
         self.print(f"commit {_commit()}, torch {torch.__version__}, {world_size} x "
-                   f"{model.device_name(device)}, {precision}{slow}")
+                   f"{model.device_name(device)}, {cfg.precision}")
         n_total = sum(p.numel() for p in world.parameters())
         n_trainable = sum(p.numel() for p in world.parameters() if p.requires_grad)
         self.print(f"{cfg.model.checkpoint}: {n_total:,} parameters, {n_trainable:,} trainable in "
                    f"{n_adapted} adapted layers")
         clips = cfg.batch_size * cfg.grad_accum * world_size
         self.print(f"{cfg.batch_size} clips x {cfg.grad_accum} micro-batches x {world_size} ranks "
-                   f"= {clips} clips a step; {cfg.out_dir} from step {start} to {cfg.max_steps}")
+                   f"= {clips} clips a step; {cfg.out_dir} from step {start} to {end}"
+                   + (f", of {cfg.max_steps} planned" if end < cfg.max_steps else ""))
 
     def log(self, step, **values):
         """Values are plain numbers: milliseconds, GiB, losses."""
         if not self.main:
             return
         values = {key: float(value) for key, value in values.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            # Such as a full disk: it is for the checkpoint to stop the run, once there is one.
+            self.print(f"{self.path}: step {step} was not logged: {error.strerror}")
         width = len(str(self.total))
         cells = (f"{key} {_short(value):>8}" for key, value in values.items())
         self.print(f"step {step:>{width}}/{self.total}  " + "  ".join(cells))
@@ -81,6 +109,16 @@ class Logger:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def _step_of(line):
+    """The step of a line of metrics.jsonl, None if it is no such line."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 def _short(value):
