@@ -1,6 +1,6 @@
 """Energy landscapes of a world model: how far each action's predicted outcome is from a goal image.
 
-    python energy.py config.yaml --adapters=runs/droid/step_5000,runs/droid/step_20000
+    python energy.py runs/droid --steps=5000,20000                  # with that run's settings
     python energy.py --from=runs/droid/energy/landscapes.npz        # metrics and figures again
 
 The baseline is always computed too. Writes into out_dir/energy: landscapes.npz (every energy;
@@ -19,11 +19,16 @@ cannot determine are NaN, shown as "undefined".
 import re
 import sys
 import time
-import zipfile
-import zlib
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("energy.py", __doc__)
 
 import numpy as np
 import torch
@@ -31,16 +36,17 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-import config
 import droid
 import lora
 import model
 from analysis import compare, figures
+from analysis.arrays import check
 from analysis.measures import AXES, metrics  # noqa: F401
 from analysis.planners import GRADIENT_ITERATIONS, GRADIENT_STARTS, cem, gradient_plan
 from episodes.poses import apply_action, pose_deltas
 from episodes.stored import check_store
 from files import write_npz
+from files.reading import read_npz
 
 
 N_NEGATIVES = 32            # real actions of other moments that each true action is compared with
@@ -428,15 +434,20 @@ def chunk_size(cfg, device):
 # Files and the command line
 
 def load(path):
-    """The arrays of landscapes.npz. Raises ValueError if it is missing or damaged."""
+    """The arrays of landscapes.npz, compared with what analysis/__init__.py lists. Raises
+    ValueError."""
     try:
-        with np.load(path) as arrays:
-            return {key: arrays[key] for key in arrays}
+        arrays = read_npz(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; energy.py config.yaml --adapters=… writes it"
                          ) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise ValueError(f"{path}: not a whole .npz file ({error}); compute it again") from None
+    except ValueError as error:
+        raise ValueError(f"{error}, or compute it again") from None
+    try:
+        check(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; is it a landscapes.npz of energy.py?") from None
+    return arrays
 
 
 def report(arrays, folder):
@@ -447,33 +458,23 @@ def report(arrays, folder):
 
 
 def main(args):
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    options = {}
-    for arg in list(args):
-        key, _, value = arg.partition("=")
-        if key in ("--adapters", "--from"):
-            options[key] = value
-            args = [other for other in args if other != arg]
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("energy.py", __doc__, args, _run)
+
+
+def _run(given):
     started = time.monotonic()
-    try:
-        if "--from" in options:
-            if args:
-                raise ValueError(f"{args[0]}: --from reads arrays alone, no settings apply")
-            folder = Path(options["--from"]).parent
-            arrays = load(options["--from"])
-        else:
-            cfg = config.load(args)
-            folder = Path(cfg.out_dir) / "energy"
-            adapters = [name for name in options.get("--adapters", "").split(",") if name]
-            arrays = analyse(cfg, adapters, folder / "landscapes.npz")
-        print(compare.table(report(arrays, folder)))
-        print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; "
-              f"{time.monotonic() - started:.0f} s")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"energy.py: {error}")
+    if given.source:
+        folder, arrays = Path(given.source).parent, load(given.source)
+    else:
+        if given.note:
+            print(given.note)
+        folder = Path(given.cfg.out_dir) / "energy"
+        arrays = analyse(given.cfg, given.adapters, folder / "landscapes.npz")
+    print(compare.table(report(arrays, folder)))
+    print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures; "
+          f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

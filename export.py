@@ -7,13 +7,14 @@
     # an adapter folder for PEFT, without the training state
     python export.py adapter runs/droid/step_5000 adapter
     # base and adapter as one model, fp32, in the layout of the released file
-    python export.py merge config.yaml runs/droid/step_5000 merged.pt
+    python export.py merge runs/droid/step_5000 merged.pt
     # checkpoints_for_colab.zip
     python export.py package runs/droid --steps=0,5000,20000 --trajectories=16
     # the package is complete and unchanged; also takes the folder into which it was unpacked
     python export.py verify checkpoints_for_colab.zip
 
-Keys of config.yaml may follow: --model.size=tiny. The package holds adapters, trajectories from
+Settings are those of the run; `merge` and `baseline` take a recipe as well (config.yaml), and keys
+may follow: --model.size=tiny. The package holds adapters, trajectories from
 validation episodes, the resolved config, colab.ipynb and the sources that it imports;
 manifest.json has the SHA-256 of each file and the fingerprint of the base weights. The base weights
 themselves are not in it.
@@ -24,12 +25,18 @@ import io
 import json
 import os
 import re
-import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("export.py", __doc__)
 
 import numpy as np
 import torch
@@ -38,6 +45,8 @@ import config
 import files
 import lora
 import model
+from files.package import verify
+from files.weights import convert
 
 
 PACKAGE = "checkpoints_for_colab.zip"
@@ -59,7 +68,7 @@ def slim(source, target, size, dtype):
                          "choose a name that ends in .safetensors")
     with model.open_checkpoint(source, size) as (names, read, fingerprints):
         def read_rounded(name):
-            return read(name).to(dtype)
+            return convert(source, name, read(name), dtype, "cpu")
 
         with _replacing(target) as temporary, open(temporary, "wb") as file:
             files.write_safetensors(file, names, read_rounded, {"format": "pt"} | fingerprints)
@@ -173,6 +182,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
         "steps": steps, "trajectories": len(clips),
         "recorded_frames_per_step": cfg.data.frame_step, "camera": cfg.data.camera,
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "bytes": {name: len(data) for name, data in contents.items()},
         "sha256": {name: _sha256(data) for name, data in contents.items()}}
     contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
 
@@ -267,26 +277,6 @@ def _imported_files(code):
     return found
 
 
-def verify(path):
-    """Compares a package, zipped or unpacked, with its manifest. Returns the manifest.
-
-    Raises ValueError naming the file if one is missing, altered or cut short."""
-    path = Path(path)
-    try:
-        archive = zipfile.ZipFile(path) if path.is_file() else None
-        read = archive.read if archive else lambda name: (path / name).read_bytes()
-        manifest = json.loads(read("manifest.json"))
-        for name, digest in manifest["sha256"].items():
-            if _sha256(read(name)) != digest:
-                raise ValueError(f"{path}: {name} was altered; unpack or copy the package again")
-    except (KeyError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: not a whole package ({error}); "
-                         "unpack or copy it again") from None
-    except (zipfile.BadZipFile, EOFError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cut short or damaged ({error}); copy it again") from None
-    return manifest
-
-
 # Files
 
 @contextmanager
@@ -303,8 +293,7 @@ def _replacing(target):
     except Exception as error:
         with suppress(OSError):
             temporary.unlink()
-        # torch.save reports a full disk as RuntimeError
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if command_line.is_io_error(error):
             raise OSError(f"{target}: could not be saved: {error}; "
                           "make room or choose another place") from None
         raise
@@ -341,46 +330,26 @@ def _size(path):
 # The command line
 
 def main(args):
-    command, args = (args[0] if args else ""), args[1:]
-    options = {"dtype": "bf16", "steps": "0,5000,20000", "trajectories": "16"}
-    paths, keys = [], []
-    for arg in args:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--"):
-            paths.append(arg)
-        elif name in options:
-            options[name] = value
-        else:
-            keys.append(arg)
-    if N_PATHS.get(command) != len(paths):
-        sys.exit(__doc__)
-    try:
-        print(_run(command, paths, keys, **options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"export.py: {error}")
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("export.py", __doc__, args, lambda given: print(_run(given)))
 
 
-def _run(command, paths, keys, dtype, steps, trajectories):
-    if command == "slim":
-        if dtype not in model.DTYPES:
-            raise ValueError(f"--dtype={dtype}: choose from {', '.join(model.DTYPES)}")
-        return slim(*paths, config.load(keys).model.size, model.DTYPES[dtype])
-    if command == "baseline":
-        return baseline(config.load([paths[0], *keys]), paths[1])
-    if command == "adapter":
+def _run(given):
+    cfg, paths = given.cfg, given.paths
+    if given.command == "slim":
+        return slim(*paths, cfg.model.size, model.DTYPES[given.dtype])
+    if given.command == "baseline":
+        return baseline(cfg, *paths)
+    if given.command == "adapter":
         return adapter(*paths)
-    if command == "merge":
-        return merge(config.load([paths[0], *keys]), *paths[1:])
-    if command == "package":
-        if not all(step.isdigit() for step in steps.split(",")) or not trajectories.isdigit():
-            raise ValueError(f"--steps={steps} --trajectories={trajectories}: "
-                             "give whole numbers, such as --steps=0,5000 --trajectories=16")
-        steps = [int(step) for step in steps.split(",")]
-        return package(paths[0], steps, int(trajectories), PACKAGE, keys)
-    manifest = verify(paths[0])
+    if given.command == "merge":
+        return merge(cfg, *paths)
+    if given.command == "package":
+        return package(*paths, given.steps, given.trajectories, PACKAGE, given.keys)
+    manifest = verify(*paths)
     n_files = len(manifest["sha256"])
     return f"{paths[0]}: complete and unchanged; {n_files} files, steps {manifest['steps']}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -19,21 +19,28 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("latents.py", __doc__)
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import config
 import droid
 import files
 import model
+from episodes import stored
 from episodes.prefetch import prefetch
 from episodes.source import DamagedEpisode, Episode
-from episodes.stored import read_index, read_store, store_settings
+from running.lock import Lock
 
 
 FRAMES_PER_BATCH = 32
@@ -55,8 +62,17 @@ def default_folder(cfg):
 def encode(cfg):
     """Stores the latents of cfg.data.path, or those that are missing. Returns their folder.
 
-    Raises ValueError, or OSError if the disk is too small."""
+    Raises ValueError, also if another process writes there, or OSError if the disk is too small."""
     folder = default_folder(cfg)
+    # The processes of one torchrun share the folder; orphans of another one are kept out too.
+    group = " ".join(os.environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
+    with Lock(folder, f"lock-{os.environ.get('RANK', 0)}", group) as lock:
+        lock.refuse_others("lock-*")
+        _encode_missing(cfg, folder)
+    return folder
+
+
+def _encode_missing(cfg, folder):
     cfg = replace(cfg, data=replace(cfg.data, latents=""))      # the source is to read images
     device = model.resolve_device(cfg.device)
     if cfg.memory and device.type == "cuda":
@@ -76,13 +92,12 @@ def encode(cfg):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     source = droid.open_source(cfg)
     N, D = predictor.grid ** 2, encoder.dim
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_settings(folder, rank, store_settings(cfg, encoder.encoder_fingerprint) | {
+    _write_settings(folder, rank, stored.store_settings(cfg, encoder.encoder_fingerprint) | {
         "dtype": precision, "tokens": N, "width": D, "drop_idle": cfg.data.drop_idle,
         "files": [Path(file).name for file in source.files]})
     numbered = list(enumerate(source.files))[rank::world_size]
     frame_bytes = N * D * dtype.itemsize
-    todo = _unfinished(folder, numbered, frame_bytes)
+    todo = _unfinished(folder, numbered, frame_bytes, cfg.data.frame_step)
     sizes = [source.size_of(file) for _, file in todo]          # bytes
     n_frames = _estimate_frames(source, todo, sizes, cfg)
     need, free = n_frames * frame_bytes, shutil.disk_usage(folder).free
@@ -101,17 +116,19 @@ def encode(cfg):
     bar = tqdm(total=n_frames, unit="frame", smoothing=0.05, disable=None)
     batches = prefetch(_encode_files(source, todo, cfg, world, dtype, device), BATCHES_AHEAD)
     with closing(batches):
-        for (i, _), size in zip(todo, sizes):
-            n_written += _write_file(folder, i, _one_file(batches), bar)
+        for (i, file), size in zip(todo, sizes):
+            n_written += _write_file(folder, i, file, _one_file(batches), bar)
             bytes_done += size
-            bar.total = round(n_written * sum(sizes) / bytes_done)      # a better estimate
+            bar.total = round(n_written * sum(sizes) / max(1, bytes_done))  # a better estimate
             bar.refresh()
     bar.close()
-    stored = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in numbered)
+    reason = stored.why_empty(folder, len(source.files), cfg.data.frame_step)
+    if reason:
+        raise ValueError(reason)
+    size = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in numbered)
     share = f" by rank {rank} of {world_size}" if world_size > 1 else ""
-    tqdm.write(f"{folder}: {stored // frame_bytes:,} frames, {stored / 1e9:.2f} GB{share}; "
+    tqdm.write(f"{folder}: {size // frame_bytes:,} frames, {size / 1e9:.2f} GB{share}; "
                f"use --data.latents={folder}")
-    return folder
 
 
 # What is there and what is missing
@@ -120,20 +137,27 @@ def _write_settings(folder, rank, settings):
     """Writes store.json, or compares the settings with those that are there. Raises ValueError."""
     path = folder / "store.json"
     if path.exists():
-        there = read_store(folder)
-        other = [key for key in settings if there.get(key) != settings[key]]
+        there = stored.read_store(folder)
+        other = stored.differing(there, settings)
+        moved = ""
+        if "path" in other:
+            moved = (f" (only moved? then write {settings['path']} for {there['path']} into "
+                     "store.json)")
         if other:
             raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give "
-                             "another folder with --data.latents=FOLDER, or remove it")
+                             f"another folder with --data.latents=FOLDER, or remove it{moved}")
     elif rank == 0:
         files.write_file(path, json.dumps(settings, indent=1).encode())
 
 
-def _unfinished(folder, numbered, frame_bytes):
-    """Those of [(i, data file)] whose latents are missing or damaged."""
+def _unfinished(folder, numbered, frame_bytes, frame_step):
+    """Those of [(i, data file)] whose latents are missing or damaged. Removes what runs that were
+    killed have left beside them."""
     todo = []
     for i, file in numbered:
-        fault = _fault(folder, i, frame_bytes)
+        for ending in ("bin", "npz"):
+            (folder / f"{i:05d}.{ending}.tmp").unlink(missing_ok=True)
+        fault = _fault(folder, i, frame_bytes, frame_step)
         if fault:
             todo.append((i, file))
         if fault and fault != "missing":
@@ -141,13 +165,13 @@ def _unfinished(folder, numbered, frame_bytes):
     return todo
 
 
-def _fault(folder, i, frame_bytes):
+def _fault(folder, i, frame_bytes, frame_step):
     """Why the latents of file i have to be made (again), or ""."""
-    index = read_index(folder, i)
+    index = stored.read_index(folder, i, frame_step)
     if index is None:
         return "missing"
     path = folder / f"{i:05d}.bin"
-    if not path.exists() or path.stat().st_size != index["rows"].sum() * frame_bytes:
+    if not path.is_file() or path.stat().st_size != sum(index["rows"].tolist()) * frame_bytes:
         return "cut short"
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -215,6 +239,10 @@ def _decode_episode(source, episode, cfg):
     if isinstance(episode, DamagedEpisode):
         return episode, NO_FRAMES
     about = replace(episode, images=None)
+    # Of other lengths, poses of one file would not fit into one array.
+    if episode.poses.shape[1] != 7:
+        reason = f"{episode.poses.shape[1]} numbers in a pose, expected 7"
+        return DamagedEpisode(episode.location, reason, episode.name), NO_FRAMES
     if not _is_wanted(episode, cfg):
         return about, NO_FRAMES
     try:
@@ -270,27 +298,63 @@ def _encode_frames(frames, world, dtype, device):
     return h, copied
 
 
-def _write_file(folder, i, batches, bar):
-    """Writes NNNNN.bin and NNNNN.npz of one file. Returns the number of rows.
+def _write_file(folder, i, file, batches, bar):
+    """Writes NNNNN.bin and NNNNN.npz of one data file. Returns the number of rows.
 
     The .npz comes last, and a file without it counts as missing: whenever the run is interrupted,
-    an .npz never describes another .bin."""
+    an .npz never describes another .bin. Raises ValueError for latents that are not finite."""
     path, temporary = folder / f"{i:05d}.bin", folder / f"{i:05d}.bin.tmp"
     (folder / f"{i:05d}.npz").unlink(missing_ok=True)
-    digest, episodes = hashlib.sha256(), []
-    with open(temporary, "wb") as out:
-        for batch in batches:
-            if batch.copied:
-                batch.copied.synchronize()
-            data = batch.h.view(torch.uint8).flatten().numpy()      # NumPy has no bf16
-            out.write(data)
-            digest.update(data)
-            episodes += batch.episodes
-            bar.update(len(batch.h))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    digest, episodes, n_rows = hashlib.sha256(), [], 0
+    try:
+        # Unbuffered: a full disk is met where it can be named, not when the file is closed.
+        with open(temporary, "wb", buffering=0) as out:
+            for batch in batches:
+                if batch.copied:
+                    batch.copied.synchronize()
+                episodes += batch.episodes
+                _check_finite(batch.h, n_rows, file, episodes)
+                data = memoryview(batch.h.view(torch.uint8).flatten().numpy())  # NumPy has no bf16
+                digest.update(data)
+                with _saving(path):
+                    while data:
+                        data = data[out.write(data):]
+                n_rows += len(batch.h)
+                bar.update(len(batch.h))
+            with _saving(path):
+                os.fsync(out.fileno())
+        with _saving(path):
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return _write_index(folder / f"{i:05d}.npz", episodes, digest.hexdigest())
+
+
+@contextmanager
+def _saving(path):
+    """Names the file in an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        message = f"could not be saved: {error.strerror}; run latents.py again: it goes on there"
+        raise OSError(error.errno, message, str(path)) from None
+
+
+def _check_finite(h, first_row, file, episodes):
+    """Raises ValueError, with the episode, if latents h [n, N, D] from row `first_row` of a data
+    file on are not finite. episodes: [(Episode or DamagedEpisode, its rows)] so far."""
+    if not len(h) or stored.is_finite(h).all():
+        return
+    row = first_row + int(stored.is_finite(h).int().argmin())
+    ends = np.cumsum([n_rows for _, n_rows in episodes])
+    k = int(np.searchsorted(ends, row, side="right"))
+    episode, n_rows = episodes[k]
+    frame, dtype = row - (ends[k] - n_rows), str(h.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"{file}: the latents of frame {frame} of {episode.name} are not finite in {dtype}: "
+        "activations overflowed; give --precision=bf16 or fp32. If that does not help, the base "
+        "weights are damaged")
 
 
 def _write_index(path, episodes, sha256):
@@ -308,9 +372,12 @@ def _write_index(path, episodes, sha256):
     poses, velocities = np.zeros((0, 7)), np.zeros((0, 7))
     if whole:
         poses = np.concatenate([episode.poses for episode in whole])
-        velocities = np.concatenate([
-            np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None
-            else episode.joint_velocity for episode in whole])
+        velocities = [np.zeros((len(episode.poses), 0)) if episode.joint_velocity is None
+                      else episode.joint_velocity for episode in whole]
+        # Arms of fewer joints: more that stand still, which does not change what is idle.
+        J = max(velocity.shape[1] for velocity in velocities)
+        velocities = np.concatenate([np.pad(velocity, ((0, 0), (0, J - velocity.shape[1])))
+                                     for velocity in velocities])
     files.write_npz(
         path, poses=poses, joint_velocity=velocities,
         places=np.array([episode.location for episode in whole]),
@@ -322,14 +389,9 @@ def _write_index(path, episodes, sha256):
 
 
 def main(args):
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    try:
-        encode(config.load(args))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"latents.py: {error}")
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("latents.py", __doc__, args, encode)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from config import LoraConfig
 from files import write_file, write_safetensors
-from files.peft import PREFIX, read
+from files.peft import PREFIX, open_adapter, read  # noqa: F401 (lora.read is public)
+from files.pickled import printable
 
 
 class LoRALinear(nn.Linear):
@@ -159,36 +160,39 @@ def load(module, folder):
     """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if it has none.
 
     Raises ValueError, before anything is changed, if the folder is incomplete, no plain LoRA, of
-    another base, or has other layers or another rank than those already there."""
-    peft, state, base = read(folder)
-    ours = getattr(module, "base_fingerprint", "")
-    if base and ours and base != ours:
-        raise ValueError(f"{folder}: trained on another base model (fingerprint {base}, not {ours}"
-                         "); give the checkpoint that it was trained on")
+    another base, not finite, or has other layers or another rank than those already there."""
     linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    layers = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in state})
-    present = adapted_layers(module)
-    shapes = {}
-    for name in present or layers:
-        if name not in linear:
-            raise ValueError(f"{folder}: adapts {name}, which this model does not have")
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = (peft["r"], linear[name].in_features)
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = (linear[name].out_features, peft["r"])
-    if present:
-        trained = {"rank": peft["r"], "alpha": float(peft["lora_alpha"]),
-                   "rslora": peft.get("use_rslora", False)}
-        for key, value in trained.items():
-            if value != getattr(module.lora_config, key):
-                raise ValueError(f"{folder}: was trained with another LoRA {key}; "
-                                 f"set --lora.{key}={str(value).lower()}")
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if not state or found != shapes:
-        wrong = sorted({name for name, _ in found.items() ^ shapes.items()})
-        raise ValueError(f"{folder}: the adapter does not fit the model's layers: {len(wrong)} "
-                         f"names or shapes differ ({', '.join(wrong[:2])}, …)")
+    present, shapes = adapted_layers(module), {}
+    with open_adapter(folder) as (peft, found, tensor, base):
+        ours = getattr(module, "base_fingerprint", "")
+        if base and ours and base != ours:
+            raise ValueError(f"{folder}: trained on another base model (fingerprint "
+                             f"{printable(base)}, not {printable(ours)}); give the checkpoint "
+                             "that it was trained on")
+        layers = sorted({name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in found})
+        for name in present or layers:
+            if name not in linear:
+                raise ValueError(f"{folder}: adapts {printable(name)}, which this model does not "
+                                 "have")
+            shapes[f"{PREFIX}{name}.lora_A.weight"] = (peft["r"], linear[name].in_features)
+            shapes[f"{PREFIX}{name}.lora_B.weight"] = (linear[name].out_features, peft["r"])
+        if present:
+            trained = {"rank": peft["r"], "alpha": float(peft["lora_alpha"]),
+                       "rslora": peft["use_rslora"]}
+            for key, value in trained.items():
+                if value != getattr(module.lora_config, key):
+                    raise ValueError(f"{folder}: was trained with another LoRA {key}; "
+                                     f"set --lora.{key}={str(value).lower()}")
+        if found != shapes:
+            wrong = sorted({name for name, _ in found.items() ^ shapes.items()})
+            raise ValueError(f"{folder}: the adapter does not fit the model's layers: {len(wrong)} "
+                             "names or shapes differ "
+                             f"({', '.join(map(printable, wrong[:2]))}, …)")
+        # all of them are read and checked before the first is used
+        state = {name: tensor(name) for name in found}
     if not present:
-        inject(module, peft["r"], peft["lora_alpha"], peft.get("lora_dropout", 0.0), layers,
-               peft.get("use_rslora", False))
+        inject(module, peft["r"], peft["lora_alpha"], peft["lora_dropout"], layers,
+               peft["use_rslora"])
     for name, layer in adapted_layers(module).items():
         layer.lora_A.copy_(state[f"{PREFIX}{name}.lora_A.weight"])
         layer.lora_B.copy_(state[f"{PREFIX}{name}.lora_B.weight"])

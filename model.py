@@ -5,21 +5,26 @@
     h = world.encode(frames)                            # [B, T, N, D]: T frames of N patches
     losses = world.losses(h, actions, states)           # {"teacher_forcing", "rollout"}: scalars
 
-The released file (URL below) has 11.76 GB, of which encoder and predictor are 5.27 GB in fp32 and
-2.63 GB in bf16. It is memory-mapped: the rest costs no memory.
+The released file has 11.76 GB, of which encoder and predictor are 5.27 GB in fp32 and 2.63 GB in
+bf16. It is memory-mapped: the rest costs no memory. To rehearse everything without it:
+
+    python model.py save-random runs/random --model.size=tiny       # also --seed and --precision
 """
 import importlib.util
 import os
+import shlex
 import shutil
-from contextlib import contextmanager
+import sys
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files.weights import fingerprints, flat_names, match_names, open_mapped
+import config
+from files.weights import check_memory, convert, fingerprints, flat_names, open_matched, save
 from vjepa2_src import Encoder, Predictor
 
 
@@ -173,15 +178,19 @@ def can_accelerate(cfg, device):
 
 def resolve_size(size):
     """A name in SIZES or a dict with the same keys -> that dict. Raises ValueError."""
-    if isinstance(size, str):
-        if size not in SIZES:
-            raise ValueError(f"model.size {size!r} is unknown; choose from {', '.join(SIZES)} "
-                             f"or give {', '.join(SIZES['vitg'])}")
+    if isinstance(size, str) and size in SIZES:
         return SIZES[size]
     known = SIZES["vitg"].keys()
-    missing, unknown = known - size.keys(), size.keys() - known
+    if not isinstance(size, dict):
+        raise ValueError(f"model.size {size!r} is unknown; choose from {', '.join(SIZES)} "
+                         f"or give {', '.join(known)}")
+    missing, unknown = sorted(known - size.keys()), sorted(map(str, size.keys() - known))
     if missing or unknown:
-        raise ValueError(f"model.size: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        raise ValueError(f"model.size: missing {missing}, unknown {unknown}")
+    for key, value in size.items():
+        most = 256 if key.endswith("_depth") else 16384
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"model.size: {key} is {value!r}, not a whole number up to {most}")
     for part in ("encoder", "predictor"):
         if size[f"{part}_dim"] % (2 * size[f"{part}_heads"]):
             raise ValueError(f"model.size: {part}_dim {size[f'{part}_dim']} must be a multiple of "
@@ -205,6 +214,8 @@ def empty_networks(size):
 def build(size, dtype=torch.float32, device="cpu"):
     """Both networks with random weights, frozen, in eval mode -> encoder, predictor."""
     networks = empty_networks(size)
+    if check_memory(networks, dtype, device) > 1e8 and torch.device(device).type == "cpu":
+        print("drawing over 10⁸ random weights: minutes; try --model.size=tiny", file=sys.stderr)
     for network in networks:
         network.to(dtype).to_empty(device=device)
         network.init_weights()
@@ -221,17 +232,18 @@ def load(path, size, dtype=torch.float32, device="cpu", encoder=True):
     path: the released .pt ({"encoder": …, "predictor": …, …}), or a flat .pt or .safetensors with
     encoder.… and predictor.… names; any prefix such as module.backbone. is stripped. "random": as
     `build`. Weights go tensor by tensor from the mapped file to `dtype` on `device`. Raises
-    ValueError with the file and the cure if it is missing, cut short, holds code, or does not fit
-    `size` name by name."""
+    ValueError with the file and the cure if it is missing, cut short, holds code, does not fit
+    `size` name by name or the memory, or is not finite in `dtype`."""
     if path == "random":
         networks = build(size, dtype, device)
         return networks if encoder else (None, networks[1])
     networks = empty_networks(size)
+    wanted = networks if encoder else networks[1:]
     with open_checkpoint(path, size) as (names, read, prints):
-        for network, prefix in zip(networks, ("encoder.", "predictor.")):
-            if prefix == "encoder." and not encoder:
-                continue
-            state = {name.removeprefix(prefix): read(name).to(device=device, dtype=dtype, copy=True)
+        check_memory(wanted, dtype, device)
+        for network in wanted:
+            prefix = "encoder." if network is networks[0] else "predictor."
+            state = {name.removeprefix(prefix): convert(path, name, read(name), dtype, device)
                      for name in names if name.startswith(prefix)}
             network.load_state_dict(state, assign=True)
             network.requires_grad_(False).eval()
@@ -239,24 +251,11 @@ def load(path, size, dtype=torch.float32, device="cpu", encoder=True):
     return networks if encoder else (None, networks[1])
 
 
-@contextmanager
 def open_checkpoint(path, size):
-    """Yields (names encoder.… and predictor.…, read(name) -> tensor, fingerprints).
-
-    The tensors are backed by the memory-mapped file; none is read whole here. Raises as `load`."""
+    """A context of (names encoder.… and predictor.…, read(name) -> tensor backed by the mapped
+    file, fingerprints). Raises as `load`."""
     wanted = flat_names(*(network.state_dict() for network in empty_networks(size)))
-    with open_mapped(path) as (shapes, tensor, header):
-        theirs = match_names(path, shapes, wanted, size)           # our name -> the file's name
-
-        def read(name):
-            return tensor(theirs[name])
-
-        keys = ("base_fingerprint", "encoder_fingerprint")
-        if all(key in header for key in keys):
-            prints = {key: header[key] for key in keys}
-        else:
-            prints = fingerprints({name: read(name) for name in theirs})
-        yield list(theirs), read, prints
+    return open_matched(path, wanted, size)
 
 
 def set_fingerprints(encoder, predictor, prints):
@@ -265,3 +264,37 @@ def set_fingerprints(encoder, predictor, prints):
     for network in (encoder, predictor):
         network.base_fingerprint = prints["base_fingerprint"]
         network.encoder_fingerprint = prints["encoder_fingerprint"]
+
+
+def save_random(target, size, seed=0, dtype=torch.float32):
+    """Writes random weights to rehearse with: a .safetensors or .pt file, or base.safetensors in a
+    folder -> its path. Raises ValueError if it exists, OSError."""
+    target = Path(target)
+    if target.suffix not in (".safetensors", ".pt"):
+        target /= "base.safetensors"
+    if target.exists():
+        raise ValueError(f"{target} is there already; remove it or choose another name")
+    torch.manual_seed(seed)
+    save(target, *(network.state_dict() for network in build(size, dtype)))
+    return target
+
+
+def main(args):
+    keys = [arg for arg in args if arg.startswith("-")]
+    paths = [arg for arg in args if not arg.startswith("-")]
+    if not args or {"-h", "--help"} & set(keys):
+        print(__doc__)
+    elif len(paths) != 2 or paths[0] != "save-random":
+        sys.exit("model.py: write python model.py save-random FOLDER --key=value …; see --help")
+    else:
+        try:
+            cfg = config.load(keys)
+            path = save_random(paths[1], cfg.model.size, cfg.seed, DTYPES[cfg.precision])
+        except (ValueError, OSError) as error:
+            sys.exit(f"model.py: {error}")
+        use = [f"--model.checkpoint={path}", f"--model.size={cfg.model.size}"]
+        print("written; the other scripts take it with", shlex.join(use))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -32,6 +32,7 @@ STYLE = {
     "font.size": 7, "axes.titlesize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.1,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5, "legend.frameon": False,
+    "text.parse_math": False,       # names of checkpoints are text, also with a $ in them
 }
 TRUE_MARKER = {"marker": "P", "ms": 6, "mfc": TRUE_COLOUR, "mec": "white", "mew": 0.5}
 MINIMUM_MARKER = {"marker": "o", "ms": 5, "mfc": "none", "mew": 1.1}

@@ -4,14 +4,27 @@ A file holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` 
 (x y z in metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed; robot base
 frame), and, if it was cut from a longer one, the name of its `episode`.
 """
-import zipfile
-import zlib
+import math
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from episodes.crops import crop_frames
+from episodes.crops import check_size, crop_frames
 from episodes.source import DamagedEpisode, Episode
+from files.reading import file_size, is_text, open_npz, shown
+
+
+# Limits in bytes of one episode. They do not depend on the machine: what is left out would
+# otherwise, and with it the order of clips.
+MAX_STORED = 16 << 30   # its images as they are stored: 18,000 of 640 × 480 pixels
+MAX_SMALL = 1 << 30     # the same, if they are more than MAX_RATIO times the file: renders of
+MAX_RATIO = 200         # simulators can be 50 times smaller, zeros 1,000 times
+MAX_KEPT = 1 << 30      # its frames as they are kept: 5,461 of 256 × 256 pixels
+MAX_FORTRAN = 512 << 20     # its images if they are in column-major order: read as a whole
+MAX_NAME = 4096
+BLOCK = 16 << 20        # bytes of images that are read at a time
 
 
 class NpzFiles:
@@ -27,15 +40,42 @@ class NpzFiles:
 
     def episodes(self, file):
         location = Path(file).name
-        try:
-            name, poses = _read_poses(file)
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            yield DamagedEpisode(location, str(error))
+        if not is_text(location):
+            yield DamagedEpisode(ascii(location), "its file name is not UTF-8; rename it")
             return
-        yield Episode(location, name, poses, _LazyFrames(file, self.data, self.size))
+        try:
+            name, poses, images = self._read_poses(file)
+        except (ValueError, OSError) as error:
+            yield DamagedEpisode(location, str(error).removeprefix(f"{file}: "))
+            return
+        yield Episode(location, name, poses, images)
+
+    def _read_poses(self, file):
+        """An episode's name, poses [n, 7] float64 and _LazyFrames. Checks the images as well, as
+        far as can be done without reading them. Raises ValueError or OSError."""
+        with open_npz(file) as npz:
+            missing = [key for key in ("observations", "states") if key not in npz.names]
+            if missing:
+                raise ValueError(f"has no array {missing[0]!r}, only {', '.join(npz.names)}")
+            # Images are megabytes, and perhaps of another rank's clips: only their header is read.
+            images = _LazyFrames(file, _frames_shape(npz, self.data, self.size), self.data,
+                                 self.size)
+            header = npz.header("states")
+            # With or without a batch axis: the example of facebookresearch/vjepa2 has one.
+            shape = _without_batch_axis(header.shape, 2)
+            if header.dtype.kind not in "iuf":
+                raise ValueError(f"states are {header.dtype}, expected real numbers")
+            if len(shape) != 2 or shape[1] != 7:
+                raise ValueError(f"states are {shown(list(shape))}, expected [n, 7]: x y z, Euler "
+                                 "angles, gripper")
+            if shape[0] != images.shape[0]:
+                raise ValueError(f"{images.shape[0]} images and {shape[0]} states, expected the "
+                                 "same number")
+            poses = npz.read("states").astype(np.float64).reshape(shape)
+            return _read_name(npz) or Path(file).name, poses, images
 
     def size_of(self, file):
-        return Path(file).stat().st_size
+        return Path(file).stat().st_size if os.path.isfile(file) else 0
 
     def every_frame(self, images):
         return images.read()
@@ -55,8 +95,9 @@ class _LazyFrames:
     All its clips share them, and they are freed with the last clip in the shuffle buffer: an .npz
     array can only be read as a whole."""
 
-    def __init__(self, file, data, size):
-        self.file, self.data, self.size, self.frames = file, data, size, None
+    def __init__(self, file, shape, data, size):
+        """shape: of the images, [n, H, W, 3]."""
+        self.file, self.shape, self.data, self.size, self.frames = file, shape, data, size, None
 
     def read(self):
         """Frames 0, frame_step, … of the episode, cropped: [n, S, S, 3] uint8.
@@ -64,44 +105,62 @@ class _LazyFrames:
         Raises ValueError if the file is broken."""
         if self.frames is None:
             try:
-                with np.load(self.file) as arrays:
-                    frames = arrays["observations"]
-            except (OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(str(error)) from None
-            frames = frames[0] if frames.ndim == 5 else frames          # [n, H, W, 3]
-            self.frames = crop_frames(frames[::self.data.frame_step], self.data.crop, self.size)
+                with open_npz(self.file) as npz:
+                    if _frames_shape(npz, self.data, self.size) != self.shape:
+                        raise ValueError("was replaced while it was read")
+                    self.frames = self._read_cropped(npz)
+            except (ValueError, OSError, KeyError) as error:
+                raise ValueError(str(error).removeprefix(f"{self.file}: ")) from None
         return self.frames
 
-
-def _read_poses(file):
-    """An episode's name and poses [n, 7] float64. Checks the images as well, as far as can be done
-    without reading them. Raises ValueError and what np.load raises."""
-    with np.load(file) as arrays:
-        for key in ("observations", "states"):
-            if key not in arrays:
-                raise ValueError(f"has no array {key!r}, only {', '.join(arrays)}")
-        # Images are megabytes, and perhaps of another rank's clips: only their header is read.
-        shape, dtype = _read_header(arrays, "observations")
-        poses = np.asarray(arrays["states"], np.float64)
-        name = str(arrays["episode"]) if "episode" in arrays else Path(file).name
-    # With or without a batch axis: the example of facebookresearch/vjepa2 has one.
-    poses = poses[0] if poses.ndim == 3 and len(poses) == 1 else poses
-    shape = shape[1:] if len(shape) == 5 and shape[0] == 1 else shape
-    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-        raise ValueError(f"observations are {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
-    if poses.ndim != 2 or poses.shape[1] != 7:
-        raise ValueError(
-            f"states are {list(poses.shape)}, expected [n, 7]: x y z, Euler angles, gripper")
-    if len(poses) != shape[0]:
-        raise ValueError(f"{shape[0]} images and {len(poses)} states, expected the same number")
-    return name, poses
+    def _read_cropped(self, npz):
+        """Some images at a time: as they are stored, those of an episode can be gigabytes."""
+        step, n_images = self.data.frame_step, max(1, BLOCK // math.prod(self.shape[1:]))
+        n_frames = -(-self.shape[0] // step)
+        frames = torch.empty(n_frames, self.size, self.size, 3, dtype=torch.uint8)
+        n_read = n_kept = 0
+        for images in npz.blocks("observations", self.shape, n_images):
+            wanted = crop_frames(images[-n_read % step::step], self.data.crop, self.size)
+            frames[n_kept:n_kept + len(wanted)] = wanted
+            n_read, n_kept = n_read + len(images), n_kept + len(wanted)
+        return frames
 
 
-def _read_header(arrays, key):
-    """Shape and dtype of an array in an open .npz file, without its data."""
-    with arrays.zip.open(f"{key}.npy") as stream:
-        if np.lib.format.read_magic(stream) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    return shape, dtype
+def _frames_shape(npz, data, size):
+    """Shape [n, H, W, 3] of the images in an open .npz. Raises ValueError."""
+    header = npz.header("observations")
+    shape = _without_batch_axis(header.shape, 4)
+    if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8:
+        raise ValueError(f"observations are {header.dtype} {shown(list(header.shape))}, expected "
+                         "uint8 [n, H, W, 3]")
+    check_size(shape[1], shape[2], data.crop, size)
+    kept = -(-shape[0] // data.frame_step) * size * size * 3
+    n_bytes = header.nbytes
+    stored = min(MAX_STORED, max(MAX_SMALL, MAX_RATIO * file_size(npz.path)))
+    if n_bytes > stored or kept > MAX_KEPT:
+        raise ValueError(f"{shape[0]:,} images of {shape[1]} × {shape[2]} pixels: {n_bytes:,} "
+                         f"bytes, and {kept:,} as frames; at most {stored:,} and {MAX_KEPT:,} are "
+                         "read: cut the recording into several files")
+    if header.fortran and header.nbytes > MAX_FORTRAN:
+        raise ValueError(f"{header.nbytes:,} bytes of observations in column-major (Fortran) "
+                         "order; store np.ascontiguousarray(observations)")
+    return shape
+
+
+def _without_batch_axis(shape, n_axes):
+    return shape[1:] if len(shape) == n_axes + 1 and shape[0] == 1 else shape
+
+
+def _read_name(npz):
+    """The name in `episode`, or "" if there is none. Raises ValueError."""
+    if "episode" not in npz.names:
+        return ""
+    header = npz.header("episode")
+    if header.dtype.kind not in "USiu" or math.prod(header.shape) != 1 or header.nbytes > MAX_NAME:
+        raise ValueError(f"episode is {header.dtype} {shown(list(header.shape))}, expected the "
+                         "name of one episode")
+    name = npz.read("episode").item()
+    try:
+        return name.decode() if isinstance(name, bytes) else str(name)
+    except UnicodeDecodeError:
+        raise ValueError(f"episode is {shown(name)}, expected text in UTF-8") from None

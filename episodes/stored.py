@@ -1,64 +1,163 @@
 """Stored latents, as latents.py writes them: read without the encoder, the images or TensorFlow."""
-import json
-import zipfile
-import zlib
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import model
 from episodes.source import DamagedEpisode, Episode
+from files.reading import check_fields, file_size, read_json, read_npz
+
+
+# store.json, and what stores of earlier versions do not have
+FIELDS = {"encoder": str, "camera": str, "crop": str, "frame_step": int, "only_success": bool,
+          "image_size": int, "dtype": str, "tokens": int, "width": int, "drop_idle": bool,
+          "files": [str]}
+LATER_FIELDS = {"path": str, "keys": {str: str}}
+LIMIT = 32 << 20        # bytes of store.json: the names of a million data files
+
+# NNNNN.npz: one value for each episode, and the kinds of NumPy's dtypes that it may have
+PER_EPISODE = {"places": "U", "names": "U", "success": "b", "rows": "iu", "lengths": "iu"}
+OTHERS = ("poses", "joint_velocity", "damaged", "sha256")
 
 
 def store_settings(cfg, encoder_fingerprint):
     """What stored latents depend on: those of equal settings can be used for each other."""
-    return {
-        "encoder": encoder_fingerprint, "camera": cfg.data.camera, "crop": cfg.data.crop,
-        "frame_step": cfg.data.frame_step, "only_success": cfg.data.only_success,
+    return _data_settings(cfg.data) | {
+        "encoder": encoder_fingerprint,
         "image_size": model.resolve_size(cfg.model.size)["image_size"],
     }
 
 
+def _data_settings(data):
+    return {"camera": data.camera, "crop": data.crop, "frame_step": data.frame_step,
+            "only_success": data.only_success, "path": data.path, "keys": asdict(data.keys)}
+
+
+def differing(store, wanted):
+    """Names of the settings that a store was made with other values of. Those that stores of
+    earlier versions do not hold are not compared."""
+    other = [key for key in wanted if key in store and key not in ("path", "keys")
+             and store[key] != wanted[key]]
+    if "path" in store and os.path.abspath(store["path"]) != os.path.abspath(wanted["path"]):
+        other.append("path")
+    keys = store.get("keys", {})
+    return other + [f"keys.{key}" for key in keys if key in wanted["keys"]
+                    and keys[key] != wanted["keys"][key]]
+
+
 def check_store(cfg, encoder_fingerprint):
-    """Raises ValueError if cfg.data.latents was made with another encoder or other settings."""
+    """Raises ValueError if cfg.data.latents was made with another encoder or other settings. Says
+    so if it was made from another data.path, which need not be there any more."""
     store = read_store(cfg.data.latents)
-    wanted = store_settings(cfg, encoder_fingerprint)
+    _compare(cfg.data, store, store_settings(cfg, encoder_fingerprint))
+    if "path" in differing(store, store_settings(cfg, "")) and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"{cfg.data.latents}: was made from {store['path']}; --data.path="
+                   f"{cfg.data.path} is not read")
+
+
+def _compare(data, store, wanted):
     if not store["only_success"]:
         wanted["only_success"] = False          # it holds failures too, and Clips leaves them out
-    if cfg.data.drop_idle and not store["drop_idle"]:
-        raise ValueError(f"{cfg.data.latents}: was made without --data.drop_idle and holds no "
+    if data.drop_idle and not store["drop_idle"]:
+        raise ValueError(f"{data.latents}: was made without --data.drop_idle and holds no "
                          "joint velocities; make it again")
-    for key, value in wanted.items():
-        if store[key] != value:
-            raise ValueError(f"{cfg.data.latents}: was made with another {key} ({store[key]}, now "
-                             f"{value}); use the settings it was made with, or store other latents "
-                             "with latents.py")
+    for key in differing(store, wanted):
+        if key != "path":
+            was, now = ((settings["keys"][key[5:]] if key.startswith("keys.") else settings[key])
+                        for settings in (store, wanted))
+            raise ValueError(f"{data.latents}: was made with another {key} ({was}, now {now}); use "
+                             "the settings it was made with, or store other latents with "
+                             "latents.py")
 
 
 def read_store(folder):
     """store.json of a folder of latents: what all of them were made with. Raises ValueError."""
+    path = Path(folder) / "store.json"
     try:
-        return json.loads((Path(folder) / "store.json").read_text())
+        store = read_json(path, limit=LIMIT)
+        check_fields(store, FIELDS, path, LATER_FIELDS)
+        for key, fits in (("dtype", store["dtype"] in model.DTYPES), ("files", store["files"]),
+                          ("frame_step", store["frame_step"] > 0),
+                          ("tokens", 0 < store["tokens"] < 2 ** 20),
+                          ("width", 0 < store["width"] < 2 ** 20)):
+            if not fits:
+                raise ValueError(f"{path}: {key} is {store[key]!r}")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no stored latents (no store.json); make them with: "
                          f"python latents.py config.yaml --data.latents={folder}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/store.json: damaged ({error}); remove it and run latents.py "
-                         "again") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; or remove it and run latents.py again") from None
+    return store
 
 
-def read_index(folder, i):
+def read_index(folder, i, frame_step):
     """The arrays of NNNNN.npz: the episodes of data file i. None if it is missing or damaged.
 
     places, names, success, rows (of latents), lengths (recorded steps): one each for each episode;
     poses [steps of all episodes, 7] and joint_velocity [same, J or 0]; damaged: location, reason
     and name of the episodes that could not be read; sha256 of NNNNN.bin."""
+    names = (*PER_EPISODE, *OTHERS)
     try:
-        with np.load(folder / f"{i:05d}.npz") as arrays:
-            return {key: arrays[key] for key in arrays}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        index = read_npz(Path(folder) / f"{i:05d}.npz", names)
+    except (OSError, ValueError):
         return None
+    return index if len(index) == len(names) and _is_whole(index, frame_step) else None
+
+
+def _is_whole(index, frame_step):
+    """Whether the arrays of an index fit each other."""
+    n = index["places"].size
+    for key, kinds in PER_EPISODE.items():
+        # what holds no episode is float64, as np.array([]) is
+        if index[key].shape != (n,) or (n and index[key].dtype.kind not in kinds):
+            return False
+    poses, velocity, damaged = (index[key] for key in ("poses", "joint_velocity", "damaged"))
+    if (poses.ndim != 2 or velocity.ndim != 2 or poses.dtype.kind not in "iuf"
+            or velocity.dtype.kind not in "iuf" or damaged.size % 3
+            or (damaged.size and damaged.dtype.kind != "U") or index["sha256"].ndim):
+        return False
+    # Python's own numbers, since those of NumPy overflow
+    lengths, rows = index["lengths"].tolist(), index["rows"].tolist()
+    if not len(poses) == len(velocity) == sum(lengths) or min([0, *lengths]) < 0:
+        return False
+    # Of an episode all frames are stored, or none if it is a failure.
+    return all(stored == -(-length // frame_step) or (stored == 0 and not success)
+               for stored, length, success in zip(rows, lengths, index["success"].tolist()))
+
+
+def why_empty(folder, n_files, frame_step):
+    """What became of the episodes of a complete store that holds no frame; "" if it holds some."""
+    folder, n_failures, n_short, damaged = Path(folder), 0, 0, []
+    if any(_size(folder / f"{i:05d}.bin") > 0 for i in range(n_files)):
+        return ""
+    for i in range(n_files):
+        index = read_index(folder, i, frame_step)
+        if index is None or sum(index["rows"].tolist()):
+            return ""                               # damaged: said when it is read
+        failed = index["success"].tolist().count(False)
+        n_failures, n_short = n_failures + failed, n_short + len(index["success"]) - failed
+        damaged += index["damaged"].reshape(-1, 3).tolist()
+    parts = []
+    if n_failures:
+        parts.append(f"{n_failures} without /success/ in their names (--data.only_success=false "
+                     "takes them too, into another folder)")
+    if n_short:
+        parts.append(f"{n_short} without a frame")
+    if damaged:
+        parts.append(f"{len(damaged)} damaged, the first is {DamagedEpisode(*damaged[0])}")
+    return f"{folder}: holds no frame; its episodes: {'; '.join(parts) or 'none at all'}"
+
+
+def _size(path):
+    """Of a file in bytes, -1 if there is none."""
+    try:
+        return file_size(path)
+    except (OSError, ValueError):
+        return -1
 
 
 class StoredLatents:
@@ -67,9 +166,11 @@ class StoredLatents:
     key = "h"
 
     def __init__(self, cfg):
-        """Raises ValueError if cfg.data.latents is not complete."""
+        """Raises ValueError if cfg.data.latents is not complete, is empty, or was made with other
+        settings than those of cfg.data."""
         self.data, self.folder = cfg.data, Path(cfg.data.latents)
         store = read_store(self.folder)
+        _compare(self.data, store, _data_settings(self.data))
         self.shape = (store["tokens"], store["width"])                  # N, D
         self.dtype = model.DTYPES[store["dtype"]]
         self.files = [str(i) for i in range(len(store["files"]))]
@@ -79,14 +180,16 @@ class StoredLatents:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} files are missing, the first "
                 f"is {int(missing[0]):05d}; run latents.py again: it goes on where it stopped")
+        reason = why_empty(self.folder, len(self.files), self.data.frame_step)
+        if reason:
+            raise ValueError(reason)
 
     def episodes(self, file):
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""
-        index, path = read_index(self.folder, int(file)), self.folder / f"{int(file):05d}.bin"
+        index = read_index(self.folder, int(file), self.data.frame_step)
+        path = self.folder / f"{int(file):05d}.bin"
         row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
-        whole = (index is not None and path.exists()
-                 and path.stat().st_size == index["rows"].sum() * row_bytes)
-        if not whole:
+        if index is None or _size(path) != sum(index["rows"].tolist()) * row_bytes:
             raise ValueError(f"{path}: cut short or damaged; run latents.py again: it makes what "
                              "is damaged anew")
         for location, reason, name in index["damaged"].reshape(-1, 3).tolist():
@@ -107,7 +210,11 @@ class StoredLatents:
         # An empty file cannot be mapped: a shard may hold failures only, or nothing.
         if not size:
             return torch.empty(0, *self.shape, dtype=self.dtype)
-        return torch.from_file(str(path), size=size, dtype=self.dtype).view(-1, *self.shape)
+        try:
+            h = torch.from_file(str(path), size=size, dtype=self.dtype)
+        except RuntimeError as error:
+            raise OSError(f"{path}: cannot be mapped: {str(error).splitlines()[0]}") from None
+        return h.view(-1, *self.shape)
 
     def gather(self, h, start):
         # A view of the mapped file, so that the shuffle buffer holds no latents.
@@ -115,4 +222,13 @@ class StoredLatents:
         return h[first:first + self.data.clip_frames]                   # [T, N, D]
 
     def decode(self, gathered):
+        if not is_finite(gathered).all():
+            raise ValueError(f"its latents in {self.folder} are not finite; make them again with "
+                             "latents.py and --precision=bf16 or fp32")
         return gathered
+
+
+def is_finite(h):
+    """Latents [n, N, D] -> bool [n]. Each token was normalised as a whole: a value that is not
+    finite made all of the token so, and one value of it tells."""
+    return h[:, :, 0].isfinite().all(1)

@@ -6,10 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def write_file(path, data):
@@ -58,11 +57,13 @@ def write_safetensors(file, names, read, metadata):
     order. This one holds one tensor at a time, and equal content gives equal bytes.
     Format: https://huggingface.co/docs/safetensors: the header's length as 8 bytes, the header as
     JSON, then the values of all tensors without gaps."""
+    # Here, since the command line is checked before PyTorch is loaded, which takes seconds.
+    import torch
     header, offset = {"__metadata__": metadata}, 0
     for name in names:
         tensor = read(name)
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": SAFETENSORS_DTYPES[str(tensor.dtype)], "shape": list(tensor.shape),
                         "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()

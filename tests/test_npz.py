@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import droid
+import episodes.npz
+from episodes.crops import crop_frames
 from parity import SHARED
 from small import all_clips, data_recipe, flip, take, which, write_trajectories
 
@@ -45,8 +47,8 @@ def test_a_bad_one_is_left_out_counted_and_named(npz, tmp_path, capsys, arrays, 
     assert which(take(loader, 1000)) == all_clips("a") and "1 damaged" in loader.report()
     err = capsys.readouterr().err
     assert "left out: bad.npz" in err and says in err and err.count("\n") == 1
-    with pytest.raises(ValueError, match="more than 0 damaged"):
-        cfg = data_recipe(tmp_path, "--data.max_bad_episodes=0")
+    with pytest.raises(ValueError, match="are damaged or lost"):
+        cfg = data_recipe(tmp_path, "--data.max_bad_share=0")
         next(iter(droid.create_dataloader(cfg)))
 
 
@@ -63,17 +65,42 @@ def test_images_damaged_inside_are_found_when_read(npz, tmp_path, capsys):
 
 
 def test_images_are_read_once_for_all_clips_and_only_when_asked_for(npz, monkeypatch):
-    loads, load = [], np.load
+    loads, load = [], episodes.npz.open_npz
 
     def counted(file):
         loads.append(file)
         return load(file)
-    monkeypatch.setattr(np, "load", counted)
+    monkeypatch.setattr(episodes.npz, "open_npz", counted)
     source = droid.open_source(data_recipe(npz))
     episode, = source.episodes(source.files[0])
     assert len(loads) == 1 and episode.images.frames is None        # the poses
     clips = [source.decode(source.gather(episode.images, start)) for start in (0, 4)]
     assert len(loads) == 2 and torch.equal(clips[0][:, 2:], clips[1][:, :2])
+
+
+@pytest.mark.parametrize("shape, crop", [((24, 32), "center"), ((50, 20), "droid"),
+                                         ((1, 1), "none")])
+def test_images_are_cropped_a_few_at_a_time_as_they_are_all_at_once(
+        tmp_path, monkeypatch, shape, crop):
+    images = np.random.default_rng(0).integers(0, 256, (23, *shape, 3)).astype(np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", observations=images, states=np.zeros((23, 7)))
+    for step in (1, 4, 30):
+        cfg = data_recipe(tmp_path, f"--data.frame_step={step}", f"--data.crop={crop}")
+        expected = crop_frames(images[::step], crop, 64)
+        for n in (1, 3, 8, 100):
+            monkeypatch.setattr(episodes.npz, "BLOCK", n * shape[0] * shape[1] * 3)
+            source = droid.open_source(cfg)
+            episode, = source.episodes(source.files[0])
+            assert torch.equal(source.every_frame(episode.images), expected)
+
+
+def test_a_file_replaced_after_its_poses_were_read_is_no_longer_its_episode(npz, tmp_path):
+    (tmp_path / "a.npz").write_bytes((npz / "ep_a.npz").read_bytes())
+    source = droid.open_source(data_recipe(tmp_path))
+    episode, = source.episodes(source.files[0])
+    (tmp_path / "a.npz").write_bytes((npz / "ep_c.npz").read_bytes())
+    with pytest.raises(ValueError, match="^was replaced while it was read"):
+        source.decode(source.gather(episode.images, 0))
 
 
 def test_the_real_franka_pair():
