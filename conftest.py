@@ -4,14 +4,11 @@ The tests' networks are small: more threads gain nothing, and threads that wait 
 minutes.
 """
 import os
-from contextlib import suppress
 
 import pytest
 
+import files.imports  # noqa: F401 (before tests import TensorFlow)
 
-# Before TensorFlow, for the reason in droid.tensorflow.
-with suppress(ImportError):
-    import triton  # noqa: F401
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

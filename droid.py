@@ -14,23 +14,27 @@ episode has that frame, else zeros.
 
 For your own robot there are .npz trajectories: episodes/npz.py. They need no TensorFlow.
 
-A damaged episode is named, counted and left out; more than data.max_bad_episodes stop the run. The
-train/validation split is a hash of the episode's name. Each rank reads clips of its own. The order
-of clips is resumed exactly with `state_dict` and `load_state_dict`.
+A damaged episode is named, counted and left out; a larger share than data.max_bad_share stops the
+run. The train/validation split is a hash of the episode's name. Each rank reads clips of its own.
+The order of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
-import glob
 import os
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
+import files.imports  # noqa: F401 (TensorFlow and Triton in one process)
 from episodes.clips import Clips, clip_span
-from episodes.crops import crop_frames
+from episodes.crops import crop_frames, images_at_a_time
 from episodes.npz import NpzFiles
 from episodes.poses import apply_action, pose_deltas  # noqa: F401 (droid.pose_deltas is public)
+from episodes.retry import Connection, is_remote
+from episodes.shards import count_episodes, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode
 from episodes.stored import StoredLatents
 from episodes.tfrecords import read_records
@@ -54,50 +58,56 @@ def open_source(cfg):
     Raises ValueError if there are no files, or for data.keys that they do not have."""
     if cfg.data.latents:
         return StoredLatents(cfg)
-    path, size = cfg.data.path, resolve_size(cfg.model.size)["image_size"]
-    if not path.startswith("gs://"):
-        files = sorted(glob.glob(f"{path}/*.npz" if Path(path).is_dir() else path))
-        if files and all(file.endswith(".npz") for file in files):
-            return NpzFiles(files, cfg.data, size)
+    data, path, size = cfg.data, cfg.data.path, resolve_size(cfg.model.size)["image_size"]
+    tf = connection = None
     anonymous = not cfg.gcs_dir
-    return RldsFiles(_list_shards(path, anonymous), cfg.data, size, anonymous)
+    if is_remote(path):
+        tf = tensorflow(anonymous)
+        connection = Connection(tf, path, data.retry_minutes)
+    is_folder, names = list_files(path, tf, connection)
+    npz = [name for name in names if name.endswith(".npz")]
+    if npz and not tf and (is_folder or npz == names):
+        return NpzFiles(npz, data, size)
+    shards = train_shards(path, is_folder, names)
+    tf = tensorflow(anonymous)
+    expected = count_episodes(path, is_folder, shards, partial(_read_text, tf, data.retry_minutes))
+    return RldsFiles(tf, shards, data, size, expected)
+
+
+def _read_text(tf, minutes, file):
+    """The text of a file, "" if there is none."""
+    def read():
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            return stream.read().decode(errors="replace")
+    with suppress(FileNotFoundError):
+        return Connection(tf, file, minutes).call(read)
+    return ""
+
+
+_without_credentials = "NO_GCE_CHECK" not in os.environ         # ours to say; see `tensorflow`
 
 
 def tensorflow(anonymous=True):
-    """TensorFlow, kept off the GPU. anonymous: read public buckets without looking for credentials.
+    """TensorFlow, kept off the GPU. anonymous: read public buckets without looking for credentials,
+    until the first call that asks for them.
 
-    Raises ValueError if it is not installed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if anonymous:
-        os.environ.setdefault("NO_GCE_CHECK", "true")       # only "true" counts
-    # Triton before TensorFlow: each brings an LLVM of its own, and in the other order Triton 3.7
-    # with TensorFlow 2.21 ends the process, which no except clause catches.
-    with suppress(ImportError):
-        import triton  # noqa: F401
+    Raises ValueError if it cannot be imported."""
+    global _without_credentials
+    if _without_credentials:
+        # TensorFlow looks it up for each token; only "true" counts.
+        os.environ["NO_GCE_CHECK"] = "true" if anonymous else "false"
+        _without_credentials = anonymous
     try:
         import tensorflow as tf
-    except ModuleNotFoundError:
-        raise ValueError(
-            "reading TFRecords and gs:// needs TensorFlow: pip install tensorflow") from None
-    tf.config.set_visible_devices([], "GPU")
+    except ModuleNotFoundError as error:
+        raise ValueError("reading TFRecords and gs:// needs TensorFlow: pip install tensorflow "
+                         f"({error})") from None
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"TensorFlow cannot be imported ({reason}); install it again") from None
+    with suppress(RuntimeError):            # in use already: the user's notebook decides then
+        tf.config.set_visible_devices([], "GPU")
     return tf
-
-
-def _list_shards(path, anonymous):
-    """The train shards of a folder, or the files of a pattern, sorted. Raises ValueError."""
-    tf = tensorflow(anonymous)
-    try:
-        is_folder = tf.io.gfile.isdir(path)
-        pattern = f"{path.rstrip('/')}/*-train.tfrecord-*" if is_folder else path
-        files = sorted(tf.io.gfile.glob(pattern))
-        others = sorted(tf.io.gfile.listdir(path))[:5] if is_folder and not files else []
-    except tf.errors.OpError as error:
-        raise ValueError(f"{path}: cannot be listed: {error.message.splitlines()[0]}") from None
-    if not files:
-        holds = f" (the folder holds {', '.join(others) or 'nothing'})" if is_folder else ""
-        raise ValueError(f"{path}: no file matches {pattern} and no .npz is there; give "
-                         f"--data.path=FOLDER or a pattern{holds}")
-    return files
 
 
 class RldsFiles:
@@ -105,10 +115,11 @@ class RldsFiles:
     them. An episode's `images` are its JPEG or PNG files, an array of bytes [n]."""
     key = "frames"
 
-    def __init__(self, files, data, size, anonymous=True):
-        """size: of the frames, in pixels. Raises ValueError for data.keys that are not there."""
-        self.files, self.data, self.size = files, data, size
-        self.tf = tensorflow(anonymous)
+    def __init__(self, tf, files, data, size, expected=None):
+        """size: of the frames, in pixels. expected: {file: episodes it should hold}, as far as
+        known. Raises ValueError for data.keys that are not there, OSError."""
+        self.tf, self.files, self.data, self.size = tf, files, data, size
+        self.expected, self.counts = expected or {}, {}             # counts: of what was read
         self.image_key = data.keys.image.replace("{camera}", data.camera)
         self._decode_images = self.tf.function(
             self._images_to_frames, autograph=False,
@@ -116,15 +127,22 @@ class RldsFiles:
         self._check_keys()
 
     def episodes(self, file):
-        features = self._wanted_features()
-        for number, record in read_records(self.tf, file):
+        features, n = self._wanted_features(), 0
+        for number, record in self._records(file):
+            n += 1
             if isinstance(record, DamagedEpisode):
                 yield record
             else:
                 yield self._parse(file, number, record, features)
+        self.counts[file] = n
+
+    def _records(self, file):
+        usual = sorted(self.counts.values())[len(self.counts) // 2] if self.counts else 0
+        return read_records(self.tf, file, self.data.retry_minutes, self.expected.get(file), usual)
 
     def size_of(self, file):
-        return self.tf.io.gfile.stat(file).length
+        connection = Connection(self.tf, file, self.data.retry_minutes)
+        return connection.call(self.tf.io.gfile.stat, file).length
 
     def every_frame(self, images):
         return self._decode_frames(images[::self.data.frame_step].tolist())
@@ -139,11 +157,14 @@ class RldsFiles:
 
     def _decode_frames(self, images):
         """JPEG or PNG bytes [T] -> cropped [T, S, S, 3] uint8. Raises ValueError."""
+        n, cropped = images_at_a_time(images, self.data.crop, self.size), []
         try:
-            frames = self._decode_images(images).numpy()                # [T, H, W, 3]
+            for i in range(0, len(images), n):
+                frames = self._decode_images(images[i:i + n]).numpy()   # [n, H, W, 3]
+                cropped.append(crop_frames(frames, self.data.crop, self.size))
         except self.tf.errors.InvalidArgumentError:
             raise ValueError("an image cannot be decoded, its clips are left out") from None
-        return crop_frames(frames, self.data.crop, self.size)
+        return cropped[0] if len(cropped) == 1 else torch.cat(cropped)
 
     def _images_to_frames(self, images):
         """JPEG or PNG bytes [T] -> uint8 [T, H, W, 3]; traced by tf.function."""
@@ -194,57 +215,68 @@ class RldsFiles:
         return Episode(location, name, poses.astype(np.float64), images, velocity, success)
 
     def _check_keys(self):
-        """Compares data.keys with the first readable record: a typo is to be an error at once, not
-        a data set of damaged episodes. Raises ValueError with the names that there are."""
-        file, features = self.files[0], self._first_features()
-        self._check_image_key(file, features)
+        """Compares data.keys with the first records: a typo is to be an error at once, not a data
+        set of damaged episodes. One good record is enough, since some may be odd. Raises ValueError
+        with the names that there are."""
+        faults = {}                                 # what is wrong: [file of each such record]
+        for file, record in self._first_records():
+            fault = self._key_fault(record)
+            if not fault:
+                return
+            faults.setdefault(fault, []).append(file)
+        if not faults:
+            raise ValueError(f"{self.files[0]}: no whole record in the first shards; are they "
+                             "TFRecords? fetch them again")
+        fault = max(faults, key=lambda fault: len(faults[fault]))
+        raise ValueError(fault.replace("{file}", faults[fault][0], 1))
+
+    def _first_records(self):
+        """(file, record) of the first whole records of the first shards, about 8."""
+        files = self.files[:8]
+        for file in files:
+            for _, record in islice(self._records(file), -(-8 // len(files))):
+                if not isinstance(record, DamagedEpisode):
+                    yield file, record.numpy()
+
+    def _key_fault(self, record):
+        """What is wrong with a record, with {file} for its file, or ""."""
+        # Comes with TensorFlow, which not everybody has.
+        from google.protobuf.message import DecodeError
+        try:
+            features = self.tf.train.Example.FromString(record).features.feature
+        except DecodeError:
+            features = {}
+        if not features:
+            return "{file}: its records are not tf.train.Example; is it an RLDS data set?"
+        fault = self._image_key_fault(features)
         wanted = {"pose": "float_list", "gripper": "float_list", "episode": "bytes_list"}
         if self.data.drop_idle:
             wanted["joint_velocity"] = "float_list"
         kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
         for key, kind in wanted.items():
             name = getattr(self.data.keys, key)
-            if name and kinds.get(name) != kind:
+            if not fault and name and kinds.get(name) != kind:
                 others = sorted(other for other in kinds if kinds[other] == kind)
-                raise ValueError(f"data.keys.{key}: {file} has no {name} with "
-                                 f"{kind.removesuffix('_list')} values; it has {', '.join(others)}")
+                fault = (f"data.keys.{key}: {{file}} has no {name} with "
+                         f"{kind.removesuffix('_list')} values; it has {', '.join(others)}")
+        return fault
 
-    def _first_features(self):
-        """{name: feature} of the first whole record. Raises ValueError if there is none."""
-        # Comes with TensorFlow, which not everybody has.
-        from google.protobuf.message import DecodeError
-        tf, file = self.tf, self.files[0]
-        records = tf.data.TFRecordDataset(self.files[:8]).ignore_errors()
-        record = next(records.take(1).as_numpy_iterator(), None)
-        if record is None:
-            raise ValueError(f"{file}: no whole record in the first shards; are they TFRecords? "
-                             "fetch them again")
-        try:
-            features = tf.train.Example.FromString(record).features.feature
-        except DecodeError:
-            features = {}
-        if not features:
-            raise ValueError(
-                f"{file}: its records are not tf.train.Example; is it an RLDS data set?")
-        return features
-
-    def _check_image_key(self, file, features):
-        """Raises ValueError if there are no images under the camera's name."""
+    def _image_key_fault(self, features):
+        """The same for the images under the camera's name."""
         images = []
         for name, feature in sorted(features.items()):
             values = feature.bytes_list.value
             if values and values[0][:2] in (b"\xff\xd8", b"\x89P"):     # JPEG, PNG
                 images.append(name)
         if self.image_key in images:
-            return
+            return ""
         prefix, _, suffix = self.data.keys.image.partition("{camera}")
         cameras = [name.removeprefix(prefix).removesuffix(suffix) for name in images
                    if name.startswith(prefix) and name.endswith(suffix)]
-        missing = f"{file} has no images {self.image_key}"
+        missing = f"{{file}} has no images {self.image_key}"
         if cameras:
-            raise ValueError(f"data.camera: {missing}; --data.camera can be {', '.join(cameras)}")
-        raise ValueError(
-            f"data.keys.image: {missing}; it has {', '.join(images) or 'none at all'}")
+            return f"data.camera: {missing}; --data.camera can be {', '.join(cameras)}"
+        return f"data.keys.image: {missing}; it has {', '.join(images) or 'none at all'}"
 
 
 def _per_step(values, key, n):

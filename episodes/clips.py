@@ -2,23 +2,23 @@
 
 Nothing here knows how episodes are stored: `Clips` asks an `EpisodeSource` (episodes/source.py).
 """
-import sys
 import zlib
-from collections import Counter
 from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
-from episodes.source import DamagedEpisode, Episode
+from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
+from episodes.tally import OTHER, Tally
 
 
 FILES_PER_WINDOW = 16       # files whose clips are shuffled together
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
+LARGEST = 1e4               # m, rad or rad/s: what is larger was never measured on a robot
+PATIENCE = 10               # s that a run which is to stop waits for a batch
 
 
 # From an episode to clips
@@ -75,13 +75,23 @@ def clip_states_actions(poses, starts, data):
     return states[:, :-1].astype(np.float32), actions.astype(np.float32)
 
 
-def _pose_fault(poses):
-    """Why poses [n, A] cannot be used, or ""."""
-    finite = np.isfinite(poses).all(axis=1)
-    if not finite.all():
-        return f"the pose of step {int(np.argmin(finite))} is not finite"
-    if poses.shape[1] != 7:
-        return f"{poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, gripper"
+def _fault(episode, data):
+    """Why the numbers of an episode cannot be used, or ""."""
+    numbers = {"pose": episode.poses}
+    if data.drop_idle:
+        numbers["joint velocity"] = episode.joint_velocity
+    for name, values in numbers.items():                                # [n, A]
+        if values.dtype.kind not in "fiu":
+            return f"its {name} is of type {values.dtype}, not numbers"
+        good = np.abs(values.astype(np.float64)) <= LARGEST             # false for nan too
+        if not good.all():
+            step, i = np.argwhere(~good)[0]
+            value = values[step, i]
+            what = f"{value:g}, which no robot has" if np.isfinite(value) else "not finite"
+            return f"the {name} of step {step} is {what}"
+    if episode.poses.shape[1] != 7:
+        return (f"{episode.poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, "
+                "gripper")
     return ""
 
 
@@ -96,7 +106,7 @@ class Clips:
           │  FILES_PER_WINDOW of them
         shuffle window    _read_window
           │  source.episodes
-        episodes          damaged, failed and short ones are left out; see episode_status
+        episodes          damaged, failed and short ones are left out, and counted in `tally`
           │  _episode_clips, source.gather
         clips             not decoded yet: JPEG bytes, or a view of the stored latents
           │
@@ -106,7 +116,8 @@ class Clips:
           │  _batches, collate
         batch             {"frames" or "h", "states", "actions"}
 
-    Without `shuffle` files and clips come in their own order, and one pass ends the iteration."""
+    Without `shuffle` files and clips come in their own order, and one pass ends the iteration.
+    Reading raises ConnectionLost when a bucket does not answer for data.retry_minutes."""
 
     def __init__(self, source, cfg, split, shuffle, rank=0, world_size=1):
         self.source, self.data, self.seed = source, cfg.data, cfg.seed
@@ -119,7 +130,10 @@ class Clips:
         if len(source.files) >= 8 * world_size:
             self.files, self.offset, self.every = source.files[rank::world_size], 0, 1
         self.n_windows = -(-len(self.files) // FILES_PER_WINDOW)        # in an epoch
-        self.episode_status = {}    # location of an episode: "used", or why it is not
+        self.tally = Tally(cfg.data, split)
+        self.names = []             # of the last batch: "episode @ first recorded frame (location)"
+        # Whether the run is to stop: a function that is asked while batches are waited for.
+        self.leave = bool
         # The next clip. round: its shuffle window, counted on over all epochs; index: its place in
         # there; count: its number in the run. Checkpoints hold these names.
         self.state = {"round": 0, "index": 0, "count": 0}
@@ -137,55 +151,65 @@ class Clips:
         and actions [B, T, 7] float32."""
         if not self.shuffle:
             self.state = {"round": 0, "index": 0, "count": 0}
-        for batch, state in prefetch(self._batches(), BATCHES_AHEAD):
-            self.state = state
+        for batch, state, names in prefetch(self._batches(), BATCHES_AHEAD, self._while_waiting):
+            self.state, self.names = state, names
             yield collate(batch, self.pin_memory)
+
+    def _while_waiting(self, seconds):
+        reason = waiting_for_data()
+        if self.leave() and (reason or seconds > PATIENCE):
+            raise ConnectionLost(f"stopped while waiting for data{reason and ': '}{reason}")
 
     def clips(self):
         """One pass over the clips of a loader without `shuffle`, one by one: as in a batch, without
         B, and with the name of the `episode`."""
-        for _, clip, name in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
-            yield {key: torch.as_tensor(value) for key, value in clip.items()} | {"episode": name}
+        for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
+            clip = {key: torch.as_tensor(value) for key, value in clip.items()}
+            yield clip | {"episode": episode.name}
 
     def _batches(self):
-        """Yields (list of clips, the state after them)."""
-        batch = []
-        for state, clip, _ in self._decoded_clips(self.state):
+        """Yields (list of clips, the state after them, their names)."""
+        batch, names = [], []
+        for state, clip, episode, start in self._decoded_clips(self.state):
             batch.append(clip)
+            names.append(f"{episode.name} @ {start} ({episode.location})")
             if len(batch) == self.batch_size:
-                yield batch, state
-                batch = []
+                yield batch, state, names
+                batch, names = [], []
         if batch:
-            yield batch, state
+            yield batch, state, names
 
     def _decoded_clips(self, state):
-        """This rank's clips from a state on: yields (the state after it, clip, episode's name)."""
+        """This rank's clips from a state on: yields (the state after it, clip, Episode without
+        images, first recorded frame)."""
         n_seen = state["count"]
         for window, index, clip in self._ordered_clips(state["round"], state["index"]):
             n_seen += 1
             if (n_seen - 1) % self.every != self.offset:
                 continue
-            episode, gathered, states, actions = clip
+            episode, start, gathered, states, actions = clip
             try:
                 images = self.source.decode(gathered)
             except ValueError as error:
-                self._leave_out(DamagedEpisode(episode.location, str(error), episode.name))
+                self.tally.leave_out(DamagedEpisode(episode.location, str(error), episode.name))
                 continue
             after = {"round": window, "index": index + 1, "count": n_seen}
             clip = {self.source.key: images, "states": states, "actions": actions}
-            yield after, clip, episode.name
+            yield after, clip, episode, start
 
     def _ordered_clips(self, first_window, first_index):
         """Clips of all ranks from there on: yields (window, index in the window, clip)."""
         windows = count(first_window) if self.shuffle else range(first_window, self.n_windows)
         for window in windows:
-            # A whole epoch without a usable episode: the next ones would be the same, for ever.
-            epoch_is_over = window >= first_window + self.n_windows
-            if epoch_is_over and "used" not in self.episode_status.values():
-                raise self.no_clips_error()
+            if window >= first_window + self.n_windows:             # an epoch is over
+                self.tally.check(at_end=True)
+                # Without a usable episode: the next ones would be the same, for ever.
+                if "used" not in self.tally.status.values():
+                    raise self.no_clips_error()
             for index, clip in enumerate(self._read_window(window)):
                 if window > first_window or index >= first_index:
                     yield window, index, clip
+        self.tally.check(at_end=first_window == first_index == 0)
 
     def _read_window(self, window):
         """The clips of one shuffle window, counted on over all epochs, in their order.
@@ -210,57 +234,41 @@ class Clips:
             for episode in self.source.episodes(file):
                 if isinstance(episode, Episode):
                     yield from self._episode_clips(episode)
-                elif not episode.name or in_split(episode.name, self.split, self.data):
-                    self._leave_out(episode)
+                else:
+                    here = not episode.name or in_split(episode.name, self.split, self.data)
+                    self.tally.leave_out(episode, here)
+            self.tally.check()
 
     def _episode_clips(self, episode):
         """The clips of one episode, not decoded, if it is in this split and can be used: yields
-        (Episode without images, gathered images, states [T, 7], actions [T, 7])."""
-        data, poses, location = self.data, episode.poses, episode.location
+        (Episode without images, first recorded frame, gathered images, states [T, 7], actions
+        [T, 7])."""
+        data, poses = self.data, episode.poses
         if not in_split(episode.name, self.split, data):
-            return
+            return self.tally.add(episode, OTHER)
         if data.only_success and not episode.success:
-            self.episode_status[location] = "without /success/"
-            return
-        fault = _pose_fault(poses)
+            return self.tally.add(episode, "without /success/")
+        fault = _fault(episode, data)
         if fault:
-            self._leave_out(DamagedEpisode(location, fault, episode.name))
-            return
-        stretches = [(0, len(poses))]
-        if data.drop_idle:
-            stretches = moving_stretches(episode.joint_velocity)
-        starts = clip_starts(stretches, data)
-        self.episode_status.setdefault(location, "used" if len(starts) else "too short")
+            return self.tally.leave_out(DamagedEpisode(episode.location, fault, episode.name))
+        starts = clip_starts([(0, len(poses))], data)
+        status = "used" if len(starts) else "too short"
+        if data.drop_idle and len(starts):
+            starts = clip_starts(moving_stretches(episode.joint_velocity), data)
+            status = "used" if len(starts) else "too idle"
+        self.tally.add(episode, status)
         # The shuffle buffer is to hold what was gathered for its clips, not whole episodes.
         about = replace(episode, images=None)
         for start, states, actions in zip(starts, *clip_states_actions(poses, starts, data)):
-            yield about, self.source.gather(episode.images, start), states, actions
+            yield about, start, self.source.gather(episode.images, start), states, actions
 
     def report(self):
         """One line: how many episodes were read, and what became of them."""
-        counts = Counter(self.episode_status.values()).most_common()
-        parts = ", ".join(f"{n} {status}" for status, n in counts)
-        return f"{len(self.episode_status)} episodes of this split" + (parts and f": {parts}")
-
-    def _leave_out(self, damaged):
-        """Reports and counts a DamagedEpisode. Raises ValueError when there are too many."""
-        if self.episode_status.get(damaged.location) == "damaged":
-            return
-        self.episode_status[damaged.location] = "damaged"
-        tqdm.write(f"left out: {damaged}", file=sys.stderr)
-        n_damaged = sum(status == "damaged" for status in self.episode_status.values())
-        if n_damaged > self.data.max_bad_episodes:
-            raise ValueError(
-                f"{self.data.path}: more than {self.data.max_bad_episodes} damaged episodes, the "
-                f"last is {damaged}; repair the data or raise --data.max_bad_episodes")
+        return self.tally.report()
 
     def no_clips_error(self):
         """The error to raise after a pass over the data without a single clip."""
-        return ValueError(
-            f"{self.data.path}: no clip for {self.split} on rank {self.rank} in {self.report()}; a "
-            f"clip spans {clip_span(self.data)} recorded frames: lower --data.clip_frames or "
-            "--data.frame_step, or see --data.only_success, --data.drop_idle and "
-            "--data.val_fraction")
+        return self.tally.no_clips_error(clip_span(self.data), self.rank)
 
 
 def _shuffled(clips, buffer_size, rng):

@@ -2,33 +2,54 @@
 import atexit
 import queue
 import threading
+import time
 from contextlib import closing, suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from functools import partial
 
 
-def prefetch(items, n):
+# In a thread of `prefetch`: set once nobody reads from it any more.
+stop_event = ContextVar("stop_event", default=None)
+
+JOIN_SECONDS = 5        # for a thread to end: one that waits for a server is left behind
+
+
+def prefetch(items, n, while_waiting=None):
     """The items of a generator that runs in a thread, at most `n` of them ahead of the caller.
 
     One thread, not worker processes: the order stays that of the generator, nothing is pickled,
     and TensorFlow and PyTorch let other threads run while they read and decode. What the generator
-    raises is raised here; closing this generator ends the thread and closes the other one."""
-    ready, stop = queue.Queue(n), threading.Event()
+    raises is raised here; closing this generator ends the thread and closes the other one.
+
+    while_waiting: is called with the seconds so far, a few times a second, while no item comes. It
+    may raise."""
+    ready, stop, stop_outside = queue.Queue(n), threading.Event(), stop_event.get()
     # In a copy of the context, since torch.compile keeps its settings in context variables.
-    run = partial(copy_context().run, _fill, ready, stop, items)
+    context = copy_context()
+    context.run(stop_event.set, stop)
+    run = partial(context.run, _fill, ready, stop, items)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     end = partial(_end_thread, thread, stop)
     # TensorFlow aborts the process if it is still at work when Python ends.
     atexit.register(end)
+    begin = time.monotonic()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=0.2)
+            except queue.Empty:
+                if stop_outside and stop_outside.is_set():
+                    return
+                if while_waiting:
+                    while_waiting(time.monotonic() - begin)
+                continue
             if isinstance(error, StopIteration):
                 return
             if error:
                 raise error
             yield item
+            begin = time.monotonic()
     finally:
         atexit.unregister(end)
         end()
@@ -57,4 +78,4 @@ def _put(ready, stop, value):
 
 def _end_thread(thread, stop):
     stop.set()
-    thread.join()
+    thread.join(JOIN_SECONDS)

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from episodes.retry import ConnectionLost, waiting_for_data  # noqa: F401 (for who reads episodes)
+
 
 @dataclass
 class Episode:
@@ -24,10 +26,11 @@ class Episode:
 
 @dataclass
 class DamagedEpisode:
-    """An episode that cannot be used."""
+    """An episode that cannot be used, or a place behind which several are lost."""
     location: str
     reason: str
     name: str = ""                              # empty if not even the name can be read
+    lost: int = 1                               # episodes that cannot be read because of it
 
     def __str__(self):
         name = f" ({self.name})" if self.name not in ("", self.location) else ""

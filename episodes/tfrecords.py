@@ -1,4 +1,4 @@
-"""TFRecord files, read on behind a damaged record.
+"""TFRecord files, read on behind a damaged record, and when the connection to a bucket was lost.
 
 TensorFlow is an argument, `tf`: only droid.py loads it, and only where records are read.
 """
@@ -6,41 +6,71 @@ from functools import partial
 
 import numpy as np
 
+from episodes.retry import Connection, is_remote
 from episodes.source import DamagedEpisode
 
 
 RECORD_HEADER = 12      # bytes before the data of a TFRecord: their length, and its checksum
 RECORD_FOOTER = 4       # bytes after them: their checksum
+READS = 3               # times that a damaged record is read from a bucket before it counts as such
 
 
-def read_records(tf, file):
+def read_records(tf, file, minutes=0, expected=None, usual=0):
     """The records of a shard: yields (number, string tensor or DamagedEpisode).
 
     tf.data ends a file at the first damaged record. If that record's length is plausible, only
-    its data were altered, and reading goes on after it; otherwise the rest is lost."""
-    size, offset, number = tf.io.gfile.stat(file).length, 0, 0
+    its data were altered, and reading goes on after it; otherwise the rest is lost.
+    minutes: to go on trying when gs:// does not answer. expected: records that the file should
+    hold, None if that is not known; `usual`: as many as others hold. Raises OSError."""
+    connection = Connection(tf, file, minutes)
+    size = connection.call(tf.io.gfile.stat, file).length
+    offset = number = reads = 0
     while offset < size or size == 0:
         try:
             for record in _read_from(tf, file, offset):
+                connection.answered()
                 yield number, record
                 length = int(tf.strings.length(record))
                 offset, number = offset + RECORD_HEADER + length + RECORD_FOOTER, number + 1
+                reads = 0
             if offset == size > 0:
-                return
+                break
         except tf.errors.DataLossError:
             pass                                        # reported below
-        with tf.io.gfile.GFile(file, "rb") as stream:
-            stream.seek(offset)
-            length = int.from_bytes(stream.read(8), "little")
-        after = offset + RECORD_HEADER + length + RECORD_FOOTER
-        only_this = length > 0 and after <= size
-        reason = f"the file ends or breaks at byte {offset} of {size}: the rest is lost"
-        if only_this:
-            reason = "its checksum is wrong: it was altered on the way"
-        yield number, DamagedEpisode(f"{file} record {number}", f"{reason}; fetch it again")
-        if not only_this:
+        except tf.errors.OpError as error:
+            connection.failed(error)
+            continue
+        # What was cut short on its way looks like a damaged file: read again from here.
+        reads += 1
+        if is_remote(file) and reads < READS:
+            continue
+        if number == expected:                          # what follows is no record
             return
-        offset, number = after, number + 1
+        length = int.from_bytes(connection.call(_read_bytes, tf, file, offset, 8), "little")
+        after = offset + RECORD_HEADER + length + RECORD_FOOTER
+        if not (length > 0 and after <= size):
+            lost, about = (expected or 0) - number, ""
+            if lost <= 0:
+                per_record = offset / number if number else size
+                lost = max(1, round((size - offset) / per_record) if size else 1, usual - number)
+                about = "about "
+            reason = (f"the file ends or breaks at byte {offset} of {size}: the rest is lost, "
+                      f"{about}{lost} episode{'s'[:lost > 1]}; fetch it again")
+            yield number, DamagedEpisode(f"{file} record {number}", reason, lost=lost)
+            return
+        reason = "its checksum is wrong: it was altered on the way; fetch it again"
+        yield number, DamagedEpisode(f"{file} record {number}", reason)
+        offset, number, reads = after, number + 1, 0
+    lost = (expected or 0) - number
+    if lost > 0:
+        reason = f"dataset_info.json promises {lost} more; fetch the file again"
+        yield number, DamagedEpisode(f"{file} record {number}", reason, lost=lost)
+
+
+def _read_bytes(tf, file, offset, n):
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        stream.seek(offset)
+        return stream.read(n)
 
 
 def _read_from(tf, file, offset):

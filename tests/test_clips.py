@@ -1,4 +1,8 @@
 """From episodes to clips: the right frames, actions, split and order, from every kind of file."""
+import re
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from scipy.spatial.transform import Rotation
 import config
 import droid
 from episodes import clips, crops
+from episodes.source import Episode
 from small import (
     SHADE,
     all_clips,
@@ -179,3 +184,135 @@ def test_the_order_is_that_of_earlier_versions(npz, monkeypatch, seed, rank, wor
     assert seen[:8] + seen[34:] == order.split()
     assert loader.state_dict() == {
         "round": 3 * world_size, "index": 6 * world_size, "count": 40 * world_size}
+
+
+# Names, and why there are none
+
+def test_the_clips_of_a_batch_are_named_however_far_was_read_ahead(source):
+    folder, _ = source
+    loader = droid.create_dataloader(data_recipe(folder, "--batch_size=3"))
+    assert loader.names == []
+    for batch, _ in zip(loader, range(12)):
+        time.sleep(0.02)                                # the thread is ahead
+        assert len(loader.names) == len(batch["states"])
+        for text, (name, start) in zip(loader.names, which(batch)):
+            assert re.search(rf"ep_{name}\b.* @ {start} \(.+\)$", text), text
+
+
+def poses_with(value, dtype=float):
+    poses = np.zeros((30, 7), dtype)
+    poses[4, 2] = value
+    return poses
+
+
+@pytest.mark.parametrize("poses, says", [
+    (poses_with(1e300), "the pose of step 4 is 1e+300, which no robot has"),
+    (poses_with(-3e38, np.float32), "the pose of step 4 is -3e+38, which no robot has"),
+    (poses_with(10_001, np.int64), "the pose of step 4 is 10001, which no robot has"),
+    (poses_with(-2 ** 63, np.int64), "the pose of step 4 is -9.22337e+18, which no robot has"),
+    (poses_with(np.nan), "the pose of step 4 is not finite"),
+    (poses_with(-np.inf), "the pose of step 4 is not finite"),
+    (poses_with(1j, complex), "its pose is of type complex128, not numbers"),
+    (poses_with("x", object), "its pose is of type object, not numbers"),
+    (poses_with(True, bool), "its pose is of type bool, not numbers"),
+    (np.zeros((30, 6)), "6 numbers in a pose"),
+    (poses_with(9_999), ""),
+])
+def test_poses_that_no_robot_has_are_found_when_they_are_read(poses, says, capsys):
+    one = Episode("place", "name", poses, "images")
+    cfg = data_recipe("x", "--data.max_bad_share=1")
+    found = list(clips.Clips(Episodes([one]), cfg, "train", False)._episode_clips(one))
+    assert bool(found) is not bool(says)
+    assert capsys.readouterr().err.startswith(f"left out: place: {says}" if says else "")
+    data = data_recipe("x", "--data.drop_idle").data
+    moving = np.cumsum(np.ones((30, 7)), 0)
+    assert not clips._fault(replace(one, poses=moving, joint_velocity=moving), data)
+    if poses.shape == (30, 7):
+        said = clips._fault(replace(one, poses=moving, joint_velocity=poses), data)
+        assert said == says.replace("pose", "joint velocity")
+
+
+class Episodes:
+    """An EpisodeSource of one file."""
+    files, key = ["a file"], "frames"
+
+    def __init__(self, episodes):
+        self.all = episodes
+
+    def episodes(self, file):
+        return iter(self.all)
+
+    def gather(self, images, start):
+        return images
+
+    def decode(self, images):
+        if images == "broken":
+            raise ValueError("an image is broken")
+        return torch.zeros(3, 4, 8, 8)
+
+
+def some(n, length=30, name="/success/{}", **more):
+    fields = {"joint_velocity": np.cumsum(np.ones((length, 7)), 0), "images": "whole"} | more
+    return [Episode(f"{name} {length} {i}", name.format(i), np.zeros((length, 7)), **fields)
+            for i in range(n)]
+
+
+TRAIN, VAL = "--data.val_fraction=0", "--data.val_fraction=1"
+
+
+@pytest.mark.parametrize("episodes, split, args, says", [
+    ([], "train", [], "in 0 episodes of this split, 0 of the other; there is no episode at all"),
+    (some(9), "val", ["--data.val_fraction=1e-6"],
+     "9 of the other; raise --data.val_fraction (now 1e-06)"),
+    (some(9), "train", [VAL], "9 of the other; lower --data.val_fraction (now 1)"),
+    (some(9, name="/x/success/all"), "val", [TRAIN], "all 9 episodes are named '/x/success/all', "
+     "and the name decides the split: set --data.keys.episode="),
+    (some(9, 6), "train", [], "9 too short, 0 of the other; a clip spans 7 recorded frames and the "
+     "longest episode has 6: lower --data.clip_frames or --data.frame_step"),
+    (some(3, 6) + some(2, name="/failure/{}", success=False), "train", [],
+     "3 too short, 2 without /success/"),
+    (some(9, name="/failure/{}", success=False), "train", [], "set --data.only_success=false"),
+    (some(2, images="broken") + some(1, 6), "train", [], "2 damaged, 1 too short, 0 of the other; "
+     "repair the data"),
+    (some(9, joint_velocity=np.zeros((30, 7))), "train", ["--data.drop_idle"],
+     "9 too idle, 0 of the other; no stretch in which joints move is long enough: set "
+     "--data.drop_idle=false"),
+    (some(1, 6) + some(9), "val", ["--data.val_fraction=0.2"],
+     "lower --data.clip_frames or --data.frame_step, or raise --data.val_fraction"),
+])
+def test_without_a_clip_the_cure_is_that_of_the_reason(episodes, split, args, says, monkeypatch):
+    if "--data.val_fraction=0.2" in args:                   # the first episode is for validation
+        monkeypatch.setattr(clips, "in_split", lambda name, *_: name == "/success/first")
+        episodes = [replace(episodes[0], name="/success/first")] + episodes[1:]
+    cfg = data_recipe("x", "--data.max_bad_share=1", *args)
+    for shuffle in (True, False):
+        loader = clips.Clips(Episodes(episodes), cfg, split, shuffle)
+        with pytest.raises(ValueError) as error:
+            assert not list(loader)
+            raise loader.no_clips_error()
+        message = str(error.value)
+        assert f"x: no clip for {split} in " in message and says in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("n, name, raises", [
+    (30, "recording {}", True), (20, "", True), (19, "x {}", False), (30, "/failure/{}", False)])
+def test_without_success_in_any_name_the_reason_comes_early(n, name, raises):
+    """Not after terabytes: and other data sets do not sort their recordings as DROID does."""
+    episodes = some(n, name=name, success=False)
+
+    class Endless(Episodes):
+        files = ["a"] * 100
+
+        def episodes(self, file):
+            read.append(file)
+            return iter(self.all)
+
+    read = []
+    loader = clips.Clips(Endless(episodes), data_recipe("x"), "train", True)
+    with pytest.raises(ValueError) as error:
+        next(loader.clips())
+    says = f"none of {n} episodes has /success/ in its name (data.keys.episode), such as "
+    assert (says in str(error.value)) is (raises or n == 19)
+    assert "set --data.only_success=false" in str(error.value)
+    assert len(read) == (1 if raises else 100)

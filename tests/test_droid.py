@@ -50,7 +50,7 @@ def test_records_and_npz_files_give_the_same(tmp_path):
 def test_many_shards_are_split_by_shard(tmp_path):
     """Sixteen for two ranks, twelve of them empty."""
     tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=16)
-    cfg = data_recipe(tmp_path, "--data.max_bad_episodes=20")
+    cfg = data_recipe(tmp_path, "--data.max_bad_share=1")
     loaders = [Clips(droid.open_source(cfg), cfg, "train", False, rank, 2) for rank in range(2)]
     assert not set(loaders[0].files) & set(loaders[1].files)
     shares = [which(take(loader, 1000)) for loader in loaders]
@@ -70,7 +70,8 @@ def test_leaving_early_ends_the_reading_thread(rlds):
             "next(batches); print('end')")
     result = subprocess.run([sys.executable, "-c", code, str(rlds)], capture_output=True,
                             text=True, timeout=60, env=os.environ | {"PYTHONPATH": "tests:."})
-    assert result.returncode == 0 and result.stdout == "end\n", result.stderr
+    # Without the noise that TensorFlow makes.
+    assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")
 
 
 def test_drop_idle(tmp_path):
@@ -182,8 +183,8 @@ def test_a_bad_episode_is_left_out_counted_and_named(tmp_path, monkeypatch, caps
     err = capsys.readouterr().err
     assert "1 damaged" in loader.report() and says in err and NAMES["b"] in err
     assert err.count("\n") == 1
-    cfg = data_recipe(tmp_path, "--data.max_bad_episodes=0")
-    says = "more than 0 damaged episodes.*raise --data.max_bad_episodes"
+    cfg = data_recipe(tmp_path, "--data.max_bad_share=0")
+    says = "1 of .* episodes are damaged or lost.*raise --data.max_bad_share"
     with pytest.raises(ValueError, match=says) as error:
         take(droid.create_dataloader(cfg, shuffle=False), 1000)
     assert "\n" not in str(error.value)
@@ -259,13 +260,3 @@ def test_the_records_written_by_tfds():
     steps = steps - steps[:, :1]
     assert torch.allclose(steps, 4 * torch.arange(4.0).expand_as(steps), atol=1.5)
     assert len(batch["frames"]) == sum(len(range(0, n - 12, 8)) for n in (40, 57, 80, 104))
-
-
-def test_tensorflow_and_triton_can_be_in_one_process():
-    """In the wrong order some of their versions end it (a fault that no except catches)."""
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("triton")
-    code = ("import sys, droid; assert 'triton' not in sys.modules; droid.tensorflow(); "
-            "import triton, torch._dynamo; print('both')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.endswith("both\n"), result.stderr
