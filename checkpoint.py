@@ -59,6 +59,8 @@ def open_run(cfg, device, lr_at):
 
     lr_at(step, cfg): the schedule, for what is said when it changes. Raises ValueError rather than
     mixing two runs, or if no checkpoint is whole."""
+    if not cfg.out_dir.strip():
+        raise ValueError("out_dir is empty; name a folder for the run")
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     precision = model.resolve_precision(cfg.precision, device)
     if precision != cfg.precision and rank == 0:
@@ -88,21 +90,21 @@ def open_run(cfg, device, lr_at):
 def replace_keeping_given(cfg, **values):
     """dataclasses.replace that keeps `given`, which is no field."""
     new = replace(cfg, **values)
-    new.given = getattr(cfg, "given", None)
+    new.given = cfg.given
     return new
 
 
 def _plan(cfg, ranks, device, lr_at):
     """(merged Config, step to go on from, history), decided by rank 0."""
     out = Path(cfg.out_dir)
-    if cfg.resume and cfg.gcs_dir and not step_folders(out):
-        fetch_newest(cfg.gcs_dir, out)
+    if cfg.resume and cfg.gcs_dir:
+        fetch_newest(cfg.gcs_dir, out, newest_step(out), cfg.data.retry_minutes)
     start, state = _newest_whole(out, cfg.resume)
     if not start:
         cfg = settings.with_adapter_of(cfg) if cfg.init else cfg
         return cfg, 0, []
     history = state.get("history", [])
-    own = settings.own_settings(out, history)
+    own = settings.own_settings(out, history, tqdm.write)
     own["precision"] = model.resolve_precision(own["precision"], device)
     # bitsandbytes would take a state of PyTorch's AdamW without a word, and not use it.
     own["optimizer"] = state["optimizer_name"]

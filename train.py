@@ -1,23 +1,28 @@
 """Fine-tune the V-JEPA 2-AC predictor on DROID with LoRA.
 
     python train.py config.yaml --max_steps=5000        # one GPU
-    python train.py config.yaml --resume                # goes on from the newest step
+    python train.py runs/droid --resume                 # goes on from the newest step
     python train.py config.yaml --debug --device=cpu    # 3 small steps through every part of a run
     torchrun --standalone --nproc_per_node=2 train.py config.yaml       # two GPUs, twice the clips
 
 Writes into cfg.out_dir: config.yaml as resolved, metrics.jsonl (one dict a line), step_N/ with the
-adapter in PEFT's form and state.pt for resuming. On Ctrl-C or SIGTERM the run finishes the step,
-saves a checkpoint and exits.
+adapter in PEFT's form and state.pt for resuming. On Ctrl-C, SIGTERM or SIGHUP the run finishes the
+step, saves a checkpoint and exits with 130, 143 or 129.
 Losses: teacher forcing + rollout, L1 on layer-normed latents (arXiv:2506.09985).
 """
 import importlib.util
 import math
-import os
-import sys
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("train.py", __doc__)
 
 import torch
 import torch.distributed as dist
@@ -29,9 +34,10 @@ import droid
 import lora
 import model
 from episodes.stored import check_store
+from running import ranks
 from running.log import Logger, StepTimer
 from running.mirror import Mirror
-from running.ranks import average_gradients, gather_from_ranks, sum_over_ranks
+from running.numbers import Watch
 from running.stop import StopSignal
 
 
@@ -56,17 +62,16 @@ def train(cfg):
     device = model.resolve_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # torchrun sets RANK and its kin.
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with checkpoint.open_run(cfg, device, lr_at) as (cfg, run_folder):
+    ranks.start(cfg, device, partial(checkpoint.newest_step, cfg.out_dir))
+    with checkpoint.open_run(cfg, device, lr_at) as (cfg, run_folder), \
+            Mirror(cfg, run_folder.out) as mirror:
         picked = ""
         if cfg.memory:
             from fast import memory
             cfg = memory.cap_gpu_memory(cfg, device)
             cfg, picked = memory.choose_micro_batch(cfg, model.can_accelerate(cfg, device))
         try:
-            return run(cfg, device, run_folder, picked)
+            return run(cfg, device, run_folder, mirror, picked)
         except torch.OutOfMemoryError as error:
             if importlib.util.find_spec("fast") is None:
                 raise ValueError(f"{error}; use a smaller --batch_size") from None
@@ -75,7 +80,7 @@ def train(cfg):
             raise ValueError(memory.out_of_memory(cfg, device, newest)) from None
 
 
-def run(cfg, device, run_folder, picked=""):
+def run(cfg, device, run_folder, mirror, picked=""):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dtype = model.DTYPES[cfg.precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -112,16 +117,14 @@ def run(cfg, device, run_folder, picked=""):
     if cfg.val_every:
         val_loader = droid.create_dataloader(cfg, "val", shuffle=False)
         val_batches = list(islice(val_loader, cfg.val_batches))
-        if not sum_over_ranks(torch.tensor(len(val_batches), device=device)):
+        if not ranks.sum_over_ranks(torch.tensor(len(val_batches), device=device)):
             raise val_loader.no_clips_error()
 
     # Resume
     if start:
         checkpoint.load(run_folder, cfg, predictor, optimizer, scaler, loader)
-    if world_size > 1:
-        # GPUs of different kinds draw different numbers from one seed: rank 0's adapters for all.
-        for parameter in trainable:
-            dist.broadcast(parameter.data, 0)
+    # GPUs of different kinds draw different numbers from one seed.
+    ranks.send_from_rank_0([parameter.data for parameter in trainable])
 
     if rank == 0:
         checkpoint.save_config(run_folder, cfg)
@@ -129,35 +132,41 @@ def run(cfg, device, run_folder, picked=""):
     logger.print_header(cfg, device, world, len(adapted), start, end, world_size)
     if picked:
         logger.print(picked)
+    watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
     if cfg.val_every and not start:
-        logger.log(0, **evaluate(world, val_batches, cfg, autocast, device))
+        logger.log(0, **watch.validated(0, evaluate(world, val_batches, cfg, autocast, device)))
 
     micro_step = partial(forward_backward, world, scaler=scaler, autocast=autocast,
                          rollout=cfg.rollout, grad_accum=cfg.grad_accum)
     if accelerated:
         # Ranks talk after the last micro-batch only, so that the graph holds no communication.
         micro_step = fast.CUDAGraph(micro_step, trainable)
-    mirror, timer = Mirror(cfg, out, rank), StepTimer()
-    batches, last_save = iter(loader), start
+    batches, timer, last_save = iter(loader), StepTimer(), start
     with StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
         for step in range(start, end):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
-            totals = {}
+            place, failed = checkpoint.position(loader), None
             for _ in range(cfg.grad_accum):
-                with timer.waiting():
-                    batch = next(batches)
+                try:
+                    with timer.waiting():
+                        batch = next(batches)
+                except (OSError, ValueError) as error:      # such as a connection that is lost
+                    failed = error
+                    break
                 if not accelerated:                     # the graph copies its inputs itself
                     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-                losses = micro_step(batch)
-                totals = {k: totals.get(k, 0) + v / cfg.grad_accum for k, v in losses.items()}
-            average_gradients(trainable, world_size)
-            scaler.unscale_(optimizer)
-            grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
-            # fp16 skips such a step and lowers its scale.
-            if cfg.precision != "fp16" and not grad_norm.isfinite():
-                raise ValueError(f"step {step + 1}: the gradient is not finite; lower --lr or use "
-                                 f"--precision=fp32; the newest checkpoint is step {last_save}")
+                watch.add(micro_step(batch), batch, loader.names)
+            try:
+                ranks.average_gradients(trainable, world_size, failed)
+                scaler.unscale_(optimizer)
+                grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
+                losses, grad_norm = watch.check(step + 1, grad_norm, stop)
+            except (OSError, ValueError) as error:      # on all ranks: no step done is lost
+                gone = isinstance(error, ConnectionError)           # a rank, and what it would save
+                if watch.unsaved() and not gone:
+                    checkpoint.save(run_folder, step, cfg, predictor, optimizer, scaler, place)
+                raise
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=not accelerated)        # a graph's gradients stay put
@@ -168,29 +177,28 @@ def run(cfg, device, run_folder, picked=""):
             logging = last or done % cfg.log_every == 0
             evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
             if logging:
-                totals = {k: sum_over_ranks(v) / world_size for k, v in totals.items()}
-                logger.log(done, loss=sum(totals.values()), **totals, lr=lr_at(step, cfg),
-                           grad_norm=grad_norm.item(), **timer.means(device))
+                logger.log(done, loss=sum(losses.values()), **losses, lr=lr_at(step, cfg),
+                           grad_norm=grad_norm, **watch.counts(), **timer.means(device))
             if evaluating:
-                logger.log(done, **evaluate(world, val_batches, cfg, autocast, device))
-            leaving = stop.on_any_rank(device)
+                values = evaluate(world, val_batches, cfg, autocast, device)
+                logger.log(done, **watch.validated(done, values))
+            leaving = stop.leaving()
             saving = last or leaving or done % cfg.save_every == 0 or done in cfg.milestones
-            if saving:
+            if saving and (watch.worth_saving(last) or last or leaving):
                 folder = checkpoint.save(run_folder, done, cfg, predictor, optimizer, scaler,
                                          checkpoint.position(loader))
                 logger.print(f"saved {folder}; {loader.report()}")
                 last_save = done
-            uploaded = mirror.upload_if_due(now=last or leaving)
+            mirror.upload_if_due()
             logger.bar.update()
             # The first step compiles.
-            if logging or evaluating or saving or uploaded or step == start:
+            if logging or evaluating or saving or step == start:
                 timer.restart()
             if leaving:
                 logger.print(f"stopped by a signal after step {done}; go on with --resume")
                 break
     logger.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    ranks.end()
     return out / f"step_{last_save}"
 
 
@@ -216,7 +224,7 @@ def evaluate(world, batches, cfg, autocast, device):
     world.train()
     # With their names, which a rank without a clip does not know.
     totals = Counter()
-    for rank_sums in gather_from_ranks(sums):
+    for rank_sums in ranks.gather_from_ranks(sums):
         totals.update(rank_sums)
     n = totals.pop("clips")
     return {"val_loss": totals.total() / n, **{f"val_{k}": v / n for k, v in totals.items()}}
@@ -235,16 +243,9 @@ def build_optimizer(cfg, trainable, device):
 
 
 def main(args):
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    try:
-        train(config.load(args))
-    except (ValueError, OSError, ImportError) as error:
-        if any(arg.partition("=")[0] == "--debug" for arg in args):
-            raise
-        sys.exit(f"train.py: {error}")
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("train.py", __doc__, args, train)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -52,13 +52,16 @@ class Lock:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             locked = _try_flock(self.fd)
             if locked is False:
+                time.sleep(0.3)                 # somebody may only have had a look at it
+                locked = _try_flock(self.fd)
+            if locked is False:
                 self._refuse(_read(self.fd))
             # The holder before may have removed the file between the two lines above.
             if _is_at(self.path, self.fd):
                 break
             os.close(self.fd)
         holder = _read(self.fd)
-        if holder and not _gone(holder) and self._counts_on():
+        if holder and not _gone(holder) and self._counts_on(os.pread(self.fd, SIZE, 0)):
             self._refuse(holder)
         self._write()
         if locked is None:
@@ -96,25 +99,24 @@ class Lock:
             if path == self.path:
                 continue
             other = Lock(path.parent, path.name)
-            try:
-                other.acquire()
-            except ValueError:
-                holder = _parse(path.read_bytes()) or {}
-                if holder.get("group") != self.me["group"]:
+            with suppress(FileNotFoundError):
+                other.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                held, holder = _try_flock(other.fd) is False, _read(other.fd) or {}
+                os.close(other.fd)              # at once: its own rank may be about to take it
+                if holder.get("group") == self.me["group"]:
+                    continue
+                if held or holder and not _gone(holder) and other._counts_on(path.read_bytes()):
                     self.release()
-                    raise
-            else:
-                other.release()
+                    raise ValueError(_refusal(path.parent, holder))
 
     def _refuse(self, holder):
         os.close(self.fd)
         self.fd = None
-        raise ValueError(f"{self.path.parent}: {_describe(holder)} is writing here; wait for it, "
-                         "stop it, or choose another folder")
+        raise ValueError(_refusal(self.path.parent, holder))
 
-    def _counts_on(self):
-        """Whether the file changes within PATIENCE."""
-        before, end = os.pread(self.fd, SIZE, 0), time.monotonic() + PATIENCE
+    def _counts_on(self, before):
+        """Whether the file's content differs from `before` within PATIENCE."""
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(0.2)
             # Opened anew, since NFS looks at the server only then.
@@ -189,6 +191,11 @@ def _gone(holder):
     if not mine or any(holder.get(key) != mine[key] for key in ("boot", "namespace")):
         return False
     return _process(holder.get("pid")).get("started") != holder.get("started")
+
+
+def _refusal(folder, holder):
+    return (f"{folder}: {_describe(holder)} is writing here; wait for it, stop it, or choose "
+            "another folder")
 
 
 def _describe(holder):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import model
 from files import free_name, write_file
+from running import hang
 
 
 class Logger:
@@ -148,7 +149,9 @@ class StepTimer:
     @contextmanager
     def waiting(self):
         begin = time.monotonic()
+        hang.doing("reading data")
         yield
+        hang.doing("computing")
         self.waited += time.monotonic() - begin
 
     def count(self):

@@ -1,6 +1,61 @@
-"""The processes of torchrun: what they tell each other."""
+"""The processes of torchrun: what they tell each other.
+
+    ranks.start(cfg, device, newest)        # outside torchrun these two do nothing,
+    ...                                     # and the others answer as one rank alone
+    ranks.end()
+
+A rank that keeps the others waiting for cfg.dist_timeout_minutes ends the run: running/hang.py.
+"""
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
+
+from running import hang
+
+
+def start(cfg, device, newest):
+    """Joins the other processes, if torchrun started this one. newest(): as for `hang.watch`.
+
+    Raises ValueError or OSError if they do not find each other."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    # Longer than a rank may take that hangs or that waits for gs://: both are told better.
+    minutes = min(24 * 60, cfg.dist_timeout_minutes + cfg.data.retry_minutes + 5)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:
+        raise OSError(f"the ranks do not find each other: {_first_line(error)}") from None
+    if dist.get_world_size() > 1:
+        hang.watch(cfg.dist_timeout_minutes, newest, gather_from_ranks)
+
+
+def end():
+    hang.end()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _together(what):
+    """Around a collective operation. Raises ConnectionError, naming the rank, if one is gone."""
+    with hang.waiting(what):
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no class of their own.
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            line = hang.lost_rank(_first_line(error))
+            # One line is enough.
+            raise ConnectionError(line) if line else SystemExit(1) from None
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def gather_from_ranks(value):
@@ -8,26 +63,61 @@ def gather_from_ranks(value):
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with _together("exchanging values"):
+        dist.all_gather_object(values, value)
     return values
 
 
 def sum_over_ranks(value):
     """The sum of a scalar tensor over all ranks, as a number: waits for the GPU."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return value.item()
+    with _together("adding numbers up"):
         value = value.clone()
         dist.all_reduce(value)
-    return value.item()
+        return value.item()
 
 
-def average_gradients(parameters, world_size):
-    """Over all ranks, in one all-reduce a step: the adapters are small (25 MB)."""
+def rows_of_ranks(row):
+    """[row of each rank as numbers], on all ranks, of a tensor [n]: waits for the GPU once."""
+    if not dist.is_initialized():
+        return [row.tolist()]
+    with _together("comparing losses"):
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, row)
+        return torch.stack(rows).tolist()
+
+
+def average_gradients(parameters, world_size, failed=None):
+    """Over all ranks, in one all-reduce a step: the adapters are small (25 MB).
+
+    failed: an exception that kept this rank from reading its clips. It is raised on all ranks, so
+    that they can save the step before together."""
     if world_size == 1:
+        if failed:
+            raise failed
         return
-    # None: a target that no forward pass uses, such as extrinsics_encoder
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    means = (flat / world_size).split([grad.numel() for grad in grads])
-    for grad, mean in zip(grads, means):
-        grad.copy_(mean.view_as(grad))
+    # None: a rank that failed, or a target that no forward pass uses, such as extrinsics_encoder
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    n_failed = grads[0].new_full((1,), float(failed is not None))
+    flat = torch.cat([*(grad.flatten() for grad in grads), n_failed])
+    with _together("averaging gradients"):
+        dist.all_reduce(flat)
+        # NCCL lets only the GPU wait: for the other ranks it is waited here.
+        any_failed = bool(flat[-1].item())
+    if any_failed:
+        reasons = gather_from_ranks(failed and str(failed))
+        raise failed or OSError(next(f"rank {rank}: {reason}"
+                                     for rank, reason in enumerate(reasons) if reason))
+    means = (flat[:-1] / world_size).split([grad.numel() for grad in grads])
+    for parameter, mean in zip(parameters, means):
+        if parameter.grad is not None:
+            parameter.grad.copy_(mean.view_as(parameter))
+
+
+def send_from_rank_0(tensors):
+    """Rank 0's values for all ranks, in place."""
+    if dist.is_initialized():
+        with _together("getting rank 0's adapters"):
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)

@@ -6,7 +6,6 @@ it does, some may change on the way (MAY_CHANGE) and are said, and all others ch
 and are refused, unless by --resume=changed.
 """
 import copy
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import config
@@ -29,16 +28,10 @@ NOT_KEPT = ON_EACH_START | {"gcs_dir", "gcs_minutes", "tensorboard", "wandb",
 OF_THE_SCHEDULE = {"max_steps", "schedule", "lr", "min_lr", "warmup_steps", "decay_steps"}
 
 
-def flat(cfg, prefix=""):
-    """{dotted name: value} of a Config, without its energy section."""
-    values = {}
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        if is_dataclass(value):
-            values |= flat(value, f"{prefix}{field.name}.")
-        else:
-            values[prefix + field.name] = value
-    return {name: value for name, value in values.items() if not name.startswith("energy.")}
+def flat(cfg):
+    """{dotted name: value} of a Config, without its energy section, which no training reads."""
+    return {name: value for name, value in config.flat(cfg).items()
+            if not name.startswith("energy.")}
 
 
 def kept(cfg):
@@ -47,18 +40,19 @@ def kept(cfg):
     return {name: value for name, value in flat(cfg).items() if name not in NOT_KEPT}
 
 
-def own_settings(out, history):
+def own_settings(out, history, say):
     """{dotted name: value} of a run, from its config.yaml and over it what its checkpoint keeps.
 
     history: as in state.pt, empty for old ones. Raises ValueError if neither tells."""
-    path, own = Path(out) / "config.yaml", {}
-    if path.is_file():
-        own = flat(config.load([str(path)]))
-    elif not history:
-        raise ValueError(f"{out}: no config.yaml in it, and its checkpoints do not hold their "
-                         "settings: what it was trained with is not known; --init=STEP_FOLDER "
-                         "starts a new run from its adapter")
-    return own | (history[-1]["settings"] if history else {})
+    path, kept = Path(out) / "config.yaml", history[-1]["settings"] if history else {}
+    try:
+        return flat(config.load([str(path)])) | kept
+    except (ValueError, OSError) as error:
+        if not history:
+            raise ValueError(f"{error}; what the run was trained with is not known then: "
+                             "--init=STEP_FOLDER starts a new run from its adapter") from None
+        say(f"{error}; its checkpoint tells its settings")
+        return kept
 
 
 def merge(cfg, own, start, ranks, saved_ranks, certain, say):
@@ -66,9 +60,10 @@ def merge(cfg, own, start, ranks, saved_ranks, certain, say):
 
     cfg: of the command line; own: from `own_settings`; ranks and saved_ranks: processes now and
     then; certain: whether `own` is the checkpoint's own word, and not only that of a config.yaml,
-    which older versions let other runs overwrite; say(text) prints a line. Raises ValueError for changes that have to be asked for."""
+    which older versions let other runs overwrite; say(text) prints a line. Raises ValueError for
+    changes that have to be asked for."""
     now, merged, adopted, changed = flat(cfg), copy.deepcopy(cfg), {}, {}
-    given = now.keys() if _given(cfg) is None else _given(cfg)
+    given = now.keys() if cfg.given is None else cfg.given
     for name, value in own.items():
         if name in ON_EACH_START or name not in now or now[name] == value:
             continue
@@ -96,7 +91,7 @@ def merge(cfg, own, start, ranks, saved_ranks, certain, say):
             f"{'set ' + as_before if as_before else 'choose batch_size and grad_accum so'}; "
             f"--resume=changed changes it from here on, --init={cfg.out_dir}/step_{start} starts "
             "another run from its adapter")
-    if adopted and _given(cfg) is not None:
+    if adopted and cfg.given is not None:
         # What a bare --resume would not show: where the run differs from the recipe.
         differs = ", ".join(f"{name} {_short(value)}" for name, value in adopted.items())
         say(f"{cfg.out_dir}: goes on with its own {differs}")
@@ -139,7 +134,7 @@ def with_adapter_of(cfg):
     cfg = copy.deepcopy(cfg)
     for key, value in shape.items():
         now = getattr(cfg.lora, key)
-        if f"lora.{key}" in (_given(cfg) or ()) and now != value:
+        if f"lora.{key}" in (cfg.given or ()) and now != value:
             raise ValueError(f"{cfg.init}: has lora.{key} {_short(value)}, and {_short(now)} is "
                              f"asked for; leave --lora.{key} out, or start without --init")
         setattr(cfg.lora, key, value)
@@ -164,11 +159,6 @@ def rate_note(own, cfg, start, lr_at):
     return (f"learning rate at step {start + 1}: {new:.2e}, and {old:.2e} as planned before. To "
             f"train further without a jump, plan the longer run at first (--max_steps="
             f"{cfg.max_steps} --stop_at={start}, then --resume), or lower --lr")
-
-
-def _given(cfg):
-    """The keys that files and command line set, None for a Config that was made otherwise."""
-    return getattr(cfg, "given", None)
 
 
 def _with(cfg, values):

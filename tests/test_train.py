@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import checkpoint
 import config
 import model
 import train
+from episodes.clips import Clips
+from episodes.source import ConnectionLost
 from running.log import Logger
 from small import recipe
 
@@ -133,7 +136,7 @@ def test_overfitting_one_clip_halves_the_loss(base, tmp_path):
 
 
 def test_one_interrupt_saves_and_exits(base, tmp_path):
-    """As from the terminal: the process gets SIGINT, ends with 0, and says how to go on."""
+    """As from the terminal: the process gets SIGINT, ends with 130, and says how to go on."""
     # PyTorch's AdamW, as importing bitsandbytes takes longer than the rest of the test.
     cfg = recipe(base, tmp_path / "run", "--max_steps=100000", "--save_every=100000",
                  "--val_every=0", "--optimizer=adamw")
@@ -145,8 +148,30 @@ def test_one_interrupt_saves_and_exits(base, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
-    assert process.wait(60) == 0 and "go on with --resume" in rest
+    assert process.wait(60) == 130 and "go on with --resume" in rest
     assert len(checkpoint.saved_steps(tmp_path / "run")) == 1
+
+
+def test_a_lost_connection_costs_no_step(base, tmp_path, monkeypatch):
+    """In the middle of step 4: step 3 is saved, and the resumed run is that without a fault."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    args = ["--optimizer=adamw", "--lora.dropout=0.2", "--val_every=0"]
+    train.train(recipe(base, whole, *args))
+    batches = Clips.__iter__
+
+    def lose(self):
+        yield from islice(batches(self), 2 * 3 + 1)         # two micro-batches a step
+        raise ConnectionLost("gs://bucket has not answered for 10 minutes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clips, "__iter__", lose)
+        with pytest.raises(ConnectionLost, match="has not answered for 10 minutes"):
+            train.train(recipe(base, parts, *args))
+    assert checkpoint.saved_steps(parts) == [3]
+    train.train(recipe(base, parts, *args, "--resume"))
+    a, b = ((out / "step_6/state.pt").read_bytes() for out in (whole, parts))
+    assert a == b
+    assert read_log(parts) == read_log(whole)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(base, tmp_path):

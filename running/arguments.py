@@ -1,0 +1,119 @@
+"""Command-line arguments in whatever spelling, and run folders in place of recipes.
+
+Imports no PyTorch, as all that the command line needs (running/command_line.py)."""
+import difflib
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import config
+from files.text import BOOLS, expand_home
+
+
+DASHES = "-‐‑‒–—―−"         # what text editors and chats make of two hyphens
+RUN = "give a run folder that train.py wrote"
+
+
+def split(args, options, defaults):
+    """Arguments in whatever spelling -> a namespace: paths, keys of the config as --key=value,
+    options as {name: value}. Raises ValueError for what can only be a slip.
+
+    options: {name: meaning}; defaults: {dotted name of a key: default}."""
+    given = SimpleNamespace(paths=[], keys=[], options={}, cfg=None, debug=False)
+    waiting = list(args)
+    while waiting:
+        arg = waiting.pop(0)
+        name, equals, value = arg.lstrip(DASHES).partition("=")
+        name = name.replace("-", "_").lower()
+        known = name in defaults or name in options
+        if not arg.strip():
+            raise ValueError("one argument is empty; is a variable of the shell not set?")
+        if arg[0] not in DASHES and not (known and equals and not os.path.exists(arg)):
+            given.paths.append(expand_home(arg))
+            continue
+        if not name:
+            raise ValueError(f"{arg}: neither a file nor --key=value")
+        following = waiting[0] if waiting else ""
+        if following.startswith("=") or value.startswith("=") or (
+                equals and not value and following and following[0] not in DASHES
+                and not os.path.exists(following)):
+            raise ValueError(f"{arg} {following}".rstrip() + f": write --{name}=VALUE, with one = "
+                             "and no spaces")
+        if not equals and _is_value(following, name, defaults.get(name), known):
+            equals, value = "=", waiting.pop(0)
+        if name in options:
+            if not value or given.options.setdefault(name, value) != value:
+                raise ValueError(f"--{name} needs one value: {options[name]}")
+            continue
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+        if close and not known:
+            raise ValueError(f"unknown option --{name}; did you mean --{close[0]}?")
+        given.keys.append(f"--{name}{equals}{value}")
+    return given
+
+
+def _is_value(following, name, default, known):
+    """Whether the argument after a `--name` without = is its value."""
+    if isinstance(default, bool):
+        return following.lower() in BOOLS or (name, following) == ("resume", "changed")
+    if re.match(r"-\.?\d", following):                  # a negative number
+        return True
+    is_other = following[:1] in DASHES or following.endswith((".yaml", ".yml"))
+    return bool(following) and not is_other and (known or not os.path.exists(following))
+
+
+def load(given):
+    """The Config of recipes, run folders and keys. Raises ValueError as `config.load`."""
+    args = []
+    for path in given.paths:
+        if os.path.isdir(path):
+            run = run_folder(path)
+            # What counted for one start of that run is left out.
+            args += [f"{run}/config.yaml", f"--out_dir={run}", "--resume=false", "--init=",
+                     "--stop_at=0", "--debug=false"]
+        elif path.endswith(".npz"):
+            raise ValueError(f"{path}: no recipe; energy.py --from={path} reads landscapes")
+        else:
+            args.append(path)
+    return config.load([*args, *given.keys])
+
+
+def run_folder(path):
+    """The run folder that `path` names: itself, or the one of which it is a step_N. Raises
+    ValueError if it is neither."""
+    folder = Path(path)
+    for candidate in (folder.parent, folder) if is_step(folder) else (folder,):
+        # This project's own folder, and an unpacked package, have a config.yaml too.
+        if (candidate / "config.yaml").is_file() and not (candidate / "config.py").exists():
+            return candidate
+    raise ValueError(f"{path}: no config.yaml in it; name a recipe, such as config.yaml, or {RUN}")
+
+
+def is_step(path):
+    return re.fullmatch(r"step_\d+", Path(path).name)
+
+
+def step_folders(run, text):
+    """The folders of --steps=0,50 in a run folder; step 0 may be missing. Raises ValueError."""
+    steps = [step.strip().removeprefix("step_") for step in text.strip("[]").split(",")]
+    if not all(step.isascii() and step.isdigit() for step in steps):
+        raise ValueError(f"--steps={text}: give whole numbers, such as --steps=0,5000")
+    folders = [Path(run, f"step_{int(step)}") for step in dict.fromkeys(steps)]
+    for folder in folders:
+        if not folder.is_dir() and folder.name != "step_0":
+            found = [f"step_{step}" for step in steps_of(run)]
+            raise ValueError(f"{folder}: no such step; {run} has {', '.join(found) or 'no step'}")
+    return folders
+
+
+def steps_of(run):
+    """Steps of which a run folder has the adapter, ascending."""
+    return sorted(int(path.name.removeprefix("step_")) for path in Path(run).glob("step_*")
+                  if is_step(path) and (path / "adapter_config.json").is_file())
+
+
+def main_steps(cfg, run):
+    """--steps for a run folder if nothing is said: its milestones and the newest one."""
+    steps = steps_of(run)
+    return [step for step in steps if step in cfg.milestones or step == steps[-1]]

@@ -1,0 +1,308 @@
+"""The command line of all scripts: help, spelling, run folders, and what can be checked at once.
+
+    if __name__ == "__main__":
+        arguments = command_line.begin("train.py", __doc__)     # before the imports below it
+    …
+    def main(args):
+        command_line.run("train.py", __doc__, args, train)
+
+Imports neither PyTorch nor TensorFlow, which take seconds: help, a typo or a wrong path is answered
+before. Every script takes a run folder in place of a recipe. Errors are one line, with exit code 1.
+"""
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import wrap
+
+import config
+from files.text import expand_home
+from running import stop
+from running.arguments import RUN, is_step, load, main_steps, run_folder, split, step_folders
+from running.checks import check_adapter, check_base, check_sources, check_target, check_training
+
+
+HELP = ("-h", "--help", "help", "-help", "--h", "-?", "/?")
+
+# Options besides the keys of config.yaml, and what they mean.
+OPTIONS = {
+    "train.py": {}, "latents.py": {}, "toy.py": {},
+    "energy.py": {
+        "steps": "of the run folder, as in --steps=50,200; if neither these nor --adapters are "
+                 "given, its milestones and the newest one",
+        "adapters": "folders of adapters, as in --adapters=runs/x/step_50,other",
+        "from": "landscapes.npz: metrics and figures again, from the energies in it"},
+    "export.py": {
+        "dtype": "slim: bf16 (default), fp16 or fp32",
+        "steps": "package: as in --steps=0,5000 (0 is the base model); by default 0, the "
+                 "milestones and the newest one",
+        "trajectories": "package: how many at most (default 16)"},
+    "bench.speed": {"parts": "of the table: training,networks,files (default: all)",
+                    "repeats": "of each measurement (default 10)"},
+    "bench.measure": {"file": "load, slim: where the large file is, or is written "
+                              "(default runs/released_layout.pt)"},
+    "bench.toy_study": {"seeds": "as in --seeds=0,1 (default 0,1,2,3,4)"},
+}
+WITHOUT_KEYS = ("toy.py", "bench.toy_study")
+# export.py's: arguments, and the options that apply.
+COMMANDS = {
+    "slim": ("SOURCE.pt TARGET.safetensors", ("dtype",)),
+    "baseline": ("RECIPE FOLDER", ()),
+    "adapter": ("RUN/step_N FOLDER", ()),
+    "merge": ("[RECIPE] RUN/step_N TARGET.pt", ()),
+    "package": ("RUN", ("steps", "trajectories")),
+    "verify": ("PACKAGE.zip", ()),
+}
+
+
+# For the scripts
+
+def begin(script, doc):
+    """The first lines of a script: signals, then everything that needs no PyTorch. Returns what
+    `run` takes for args. Ends the process after --help and after an error."""
+    stop.begin_script()
+    with one_line_errors(script):
+        return parse(script, doc, sys.argv[1:])
+
+
+def run(script, doc, args, work):
+    """The main function of a script: work(arguments), errors in one line.
+
+    args: of the command line, or what `begin` returned."""
+    with one_line_errors(script):
+        arguments = parse(script, doc, args) if isinstance(args, list) else args
+    with one_line_errors(script, arguments.debug):
+        work(arguments)
+    if not isinstance(args, list):
+        sys.exit(stop.exit_code())
+
+
+@contextmanager
+def one_line_errors(script, debug=False):
+    """Errors that the user can mend end the process with one line. debug: with a full traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if debug or isinstance(error, RuntimeError) and not (
+                is_io_error(error) or re.search("out of memory|allocate memory", str(error))):
+            raise
+        message = " ".join(str(error).split()) or "out of memory"
+        stop.fail(message, script)
+
+
+def is_io_error(error):
+    """Whether an exception is about a file: PyTorch's are a RuntimeError."""
+    return isinstance(error, OSError) or isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter|inline_container|iostream|Parent directory|No space left", str(error))
+
+
+def parse(script, doc, args):
+    """What a script is to do: a Config (train.py, latents.py), or what `split` returns (energy.py
+    and export.py with more, see below).
+
+    Prints help and ends the process if it is asked for, or if there are no arguments where some
+    are needed. Raises ValueError as `config.load`, and for paths that are not there."""
+    needs_some = script in ("train.py", "latents.py", "energy.py", "bench.measure")
+    if set(args) & set(HELP) or needs_some and not args:
+        text = help_text(script, doc)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))
+        sys.exit(0)
+    keys = {} if script in WITHOUT_KEYS else config.flat(config.Config())
+    given = split(args, OPTIONS[script], keys)
+    if script in WITHOUT_KEYS and given.paths + given.keys:
+        raise ValueError(f"{(given.paths + given.keys)[0]}: {script} takes no such argument")
+    functions = {"train.py": _train, "latents.py": _latents, "energy.py": _energy,
+                 "export.py": _export}
+    return functions[script](given) if script in functions else given
+
+
+# Help
+
+def help_text(script, doc):
+    """The docstring, the script's options, and all keys as config.yaml explains them."""
+    parts = [doc.strip()]
+    if OPTIONS[script]:
+        parts.append("Options:\n" + "\n".join(
+            _entry(f"--{name}=…", wrap(meaning, 68)) for name, meaning in OPTIONS[script].items()))
+    if script not in WITHOUT_KEYS:
+        keys = config.flat(config.Config())
+        entries = [_entry(f"--{name}={value}", lines) if name in keys
+                   else "\n" + _entry(f"{name}:", lines)
+                   for name, (value, lines) in key_meanings().items()]
+        parts.append("Keys with their defaults. A YAML file has them as `key: value`, a run folder "
+                     "in its place\ngives those of the run:\n" + "\n".join(entries))
+    return "\n\n".join(parts)
+
+
+def key_meanings():
+    """{dotted name: (default as text, lines of its comment)} of what config.yaml holds, sections
+    included."""
+    meanings, names = {}, []
+    path = Path(config.__file__).with_name("config.yaml")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        code, _, comment = re.sub(r"(^|\s)#\s?", "\0", line, count=1).partition("\0")
+        key = re.match(r"( *)(\w+):(.*)", code)
+        if key:
+            names = [*names[:len(key[1]) // 2], key[2]]
+            # Without the spaces that would end the argument in a shell.
+            value = key[3].strip().replace(", ", ",")
+            meanings[".".join(names)] = value, [comment] if comment else []
+        elif comment and line.startswith(" "):          # goes on; headings stand on the left
+            meanings[".".join(names)][1].append(comment)
+    return meanings
+
+
+def _entry(left, lines):
+    left, lines = f"  {left}".ljust(32), lines or [""]
+    # Beside what is explained, or below it if that is long.
+    if left.endswith(" "):
+        left, lines = left + lines[0], lines[1:]
+    return "\n".join([left, *(" " * 32 + line for line in lines)]).rstrip()
+
+
+# What each script takes
+
+def _train(given):
+    cfg = load(given)
+    for path in given.paths:
+        if os.path.isdir(path) and not cfg.resume and Path(cfg.out_dir) == run_folder(path):
+            raise ValueError(f"{path}: to go on with this run add --resume; for another one with "
+                             "its settings --out_dir=NEW" + (
+                                 f", which --init={path} starts from here" * bool(is_step(path))))
+    check_training(cfg)
+    return cfg
+
+
+def _latents(given):
+    cfg = load(given)
+    values = config.flat(cfg)
+    check_sources(values | {"data.latents": ""})
+    if cfg.data.latents:
+        check_target(cfg.data.latents, folder=True)
+    return cfg
+
+
+def _energy(given):
+    """Adds `source`, or `cfg`, `adapters` and what to say about their choice, `note`."""
+    options, given.source, given.adapters = given.options, "", []
+    if "from" in options:
+        others = [*given.paths, *given.keys, *(f"--{name}" for name in options if name != "from")]
+        if others:
+            raise ValueError(f"{others[0]}: --from reads arrays alone, no settings apply")
+        given.source = expand_home(options["from"])
+        if os.path.isdir(given.source):
+            given.source = os.path.join(given.source, "landscapes.npz")
+        if not os.path.exists(given.source):
+            raise ValueError(f"{given.source}: no such file; energy.py RUN --steps=… writes it")
+        return given
+    given.cfg = cfg = load(given)
+    given.debug, given.note = cfg.debug, ""
+    runs = [path for path in given.paths if os.path.isdir(path)]
+    steps, adapters = options.get("steps"), options.get("adapters", "")
+    folders = [path for path in runs if is_step(path)]
+    if steps:
+        folders += step_folders(cfg.out_dir, steps)
+    elif runs and not adapters and not folders:
+        folders = [Path(cfg.out_dir, f"step_{step}") for step in main_steps(cfg, cfg.out_dir)]
+        given.note = f"{cfg.out_dir}: its milestones and the newest step; --steps=… names others"
+        if not folders:
+            raise ValueError(f"{runs[-1]}: holds no step_N; energy.py {runs[-1]}/config.yaml "
+                             "measures the base model alone")
+    # Step 0 is the baseline, which is always there.
+    given.adapters = [str(folder) for folder in folders if Path(folder).is_dir()]
+    given.adapters += [expand_home(name.strip()) for name in adapters.split(",") if name.strip()]
+    for adapter in given.adapters:
+        if adapter != "baseline":
+            check_adapter(adapter)
+    check_sources(config.flat(cfg))
+    check_target(cfg.out_dir, folder=True)
+    return given
+
+
+def _export(given):
+    """Adds `command`, `cfg` and for package `steps` and `trajectories`."""
+    usage = "; ".join(f"python export.py {name} {paths}" for name, (paths, _) in COMMANDS.items())
+    if not given.paths:
+        raise ValueError(f"name a command: {usage} (--help explains them)")
+    given.command, *given.paths = given.paths
+    if given.command not in COMMANDS:
+        raise ValueError(f"{given.command}: no command; there are {', '.join(COMMANDS)} "
+                         "(--help explains them)")
+    wanted, options = COMMANDS[given.command]
+    n_wanted, n = len(wanted.split()), len(given.paths)
+    if n != n_wanted and (given.command, n) != ("merge", 2):
+        raise ValueError(f"{given.command} takes {n_wanted} paths, got {n}: "
+                         f"python export.py {given.command} {wanted}")
+    ignored = [f"--{name}" for name in given.options if name not in options]
+    if given.command in ("adapter", "verify"):
+        ignored += given.keys
+    if ignored:
+        raise ValueError(f"{ignored[0]} does not apply to {given.command}")
+    return _EXPORTS[given.command](given)
+
+
+def _slim(given):
+    source, target = given.paths
+    given.dtype = given.options.get("dtype", "bf16")
+    choices = config.CHOICES["precision"]
+    if given.dtype not in choices:
+        raise ValueError(f"--dtype={given.dtype}: choose from {', '.join(choices)}")
+    given.cfg = config.load(given.keys)
+    check_base(source)
+    check_target(target, sources=[source])
+    return given
+
+
+def _baseline(given):
+    recipe, target = given.paths
+    given.paths = [recipe]
+    given.cfg = load(given)
+    given.paths = [target]
+    check_base(given.cfg.model.checkpoint)
+    check_target(target, new=True)
+    return given
+
+
+def _adapter(given):
+    check_adapter(given.paths[0])
+    check_target(given.paths[1], new=True)
+    return given
+
+
+def _merge(given):
+    *recipe, step, target = given.paths
+    check_adapter(step)
+    given.paths = recipe or [run_folder(step)]
+    given.cfg = load(given)
+    given.paths = [step, target]
+    check_base(given.cfg.model.checkpoint)
+    check_target(target, sources=[given.cfg.model.checkpoint])
+    return given
+
+
+def _package(given):
+    run, trajectories = given.paths[0], given.options.get("trajectories", "16")
+    if not os.path.isdir(run):
+        raise ValueError(f"{run}: no such folder; {RUN}")
+    given.cfg = load(given)
+    run = run_folder(run)
+    steps = given.options.get("steps") or ",".join(map(str, [0, *main_steps(given.cfg, run)]))
+    given.paths, given.steps = [run], [int(f.name[5:]) for f in step_folders(run, steps)]
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", trajectories):
+        raise ValueError(f"--trajectories={trajectories}: give a whole number from 1")
+    given.trajectories = int(trajectories)
+    check_target(".", folder=True)
+    check_sources(config.flat(given.cfg) | {"data.latents": ""})
+    return given
+
+
+def _verify(given):
+    if not os.path.exists(given.paths[0]):
+        raise ValueError(f"{given.paths[0]}: no such file or folder")
+    return given
+
+
+_EXPORTS = {"slim": _slim, "baseline": _baseline, "adapter": _adapter, "merge": _merge,
+            "package": _package, "verify": _verify}
