@@ -4,18 +4,20 @@
 
 Parsing is strict: an unknown key, a wrong type or a contradiction raises ValueError with one line
 that names the key and the cure. `""` and `0` mean off. config.yaml says what each key means, and
-its unit.
+its unit; running/command_line.py is what the scripts put in front.
 """
 import difflib
+import json
 import re
+import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 
 import yaml
 
 from files import write_file
+from files.reading import shown
+from files.text import TYPES, expand_home, parse_yaml, read_yaml
 
 
 @dataclass
@@ -54,7 +56,7 @@ class DataConfig:
     drop_idle: bool = False
     val_fraction: float = 0.1
     shuffle_buffer: int = 512
-    max_bad_episodes: int = 10
+    max_bad_share: float = 0.05
     retry_minutes: float = 10.0
     latents: str = ""
     keys: KeysConfig = field(default_factory=KeysConfig)
@@ -117,6 +119,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    given = None                                # see `load`; no field, so that it is not saved
 
 
 # What --debug sets: three small steps that still validate and save, so that every part of a run is
@@ -130,9 +133,9 @@ CHOICES = {
     "precision": ("bf16", "fp16", "fp32"),
     "data.crop": ("center", "droid", "none"),
     "energy.others": ("zero", "truth"),
+    "energy.planes": ("xy", "xz", "yz", "xyz"),
+    "energy.planners": ("cem", "gradient"),
 }
-PLANES = ("xy", "xz", "yz", "xyz")
-PLANNERS = ("cem", "gradient")
 AT_LEAST = {
     "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0,
     "lr": 0, "min_lr": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0,
@@ -140,11 +143,18 @@ AT_LEAST = {
     "gcs_minutes": 0, "dist_timeout_minutes": 0.05, "stop_at": 0, "seed": 0,
     "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
-    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.max_bad_episodes": 0,
+    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.max_bad_share": 0,
     "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
     "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
 }
+# Beyond, a float no longer counts whole numbers and timers overflow.
+AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
+           "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
+PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents")
+# Keys of older versions: (today's, default of then)
+REPLACED = {"data.max_bad_episodes": ("data.max_bad_share", "10")}
+COMMAND_LINE = "command line"                                   # in `given` and in errors
 
 
 def load(args):
@@ -152,128 +162,128 @@ def load(args):
 
     args: paths of YAML files and `--section.key=value`. Files are read first, then the keys; later
     ones override earlier ones. A bare `--key` means true; dashes and underscores in keys are the
-    same. Raises ValueError as `validate`, and for unknown keys, wrong types and bad YAML."""
+    same. Raises ValueError as `validate`, and for unknown keys, wrong types and bad YAML.
+
+    Its `given` says where values are from: {dotted name: "command line" or a file}, for all keys on
+    the command line and for those in files that differ from the defaults. Any other Config, one
+    from dataclasses.replace too, has None."""
     cfg = Config()
-    files = [arg for arg in args if not arg.startswith("--")]
-    overrides = [arg for arg in args if arg.startswith("--")]
-    for path in files:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such config file (a key is set with --key=value)")
-        _update(cfg, _parse(Path(path).read_text(), path) or {}, path)
-    overrides = [_override(arg) for arg in overrides]
-    if (["debug"], True) in overrides:
-        _update(cfg, DEBUG, "--debug")
-    for keys, value in overrides:
-        # a.b=1 becomes {"a": {"b": 1}}, so that files and the command line take the same checks
-        for key in reversed(keys):
-            value = {key: value}
-        _update(cfg, value, "command line")
-    if cfg.debug:
+    cfg.given = {}
+    for path in args:
+        if not path.startswith("--"):
+            _update(cfg, read_yaml(path), path, cfg.given)
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, text = arg.removeprefix("--").partition("=")
+            value = text if equals else True
+            # a.b=1 becomes {"a": {"b": 1}}, so that files and the command line take the same checks
+            for key in reversed(name.split(".")):
+                value = {key: value}
+            _update(cfg, value, COMMAND_LINE, cfg.given)
+    # The config.yaml of a debug run, read again, stays as it is.
+    if cfg.debug and not re.search(r"(^|/)debug-\d{8}-\d{6}/*$", cfg.out_dir):
+        vars(cfg).update((k, v) for k, v in DEBUG.items() if cfg.given.get(k) != COMMAND_LINE)
         cfg.out_dir += f"/debug-{time.strftime('%Y%m%d-%H%M%S')}"
     validate(cfg)
     return cfg
 
 
-def _override(arg):
-    """--section.key=value -> (["section", "key"], value)."""
-    key, equals, text = arg.removeprefix("--").partition("=")
-    value = _parse(text, arg) if equals else True
-    return key.replace("-", "_").split("."), "" if value is None else value
+def flat(cfg, section=""):
+    """{dotted name: value} of all keys."""
+    values = {}
+    for f in fields(cfg):
+        name, value = section + f.name, getattr(cfg, f.name)
+        values |= flat(value, f"{name}.") if is_dataclass(value) else {name: value}
+    return values
 
 
-def _parse(text, where):
-    """The value of YAML text. `where` names its file or argument in the error."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _update(cfg, values, where, section=""):
+def _update(cfg, values, where, given, section=""):
     """Sets the fields of the dataclass `cfg` from a dict, which may hold dicts for its sections."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: {section or 'it '}expects `key: value` lines, got {values!r}")
     known = [f.name for f in fields(cfg)]
+    if isinstance(values, str) and values.startswith("{"):
+        values = parse_yaml(values, where)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {section[:-1] or 'a recipe'} has keys such as "
+                         f"{section}{known[0]}; got {shown(values) if values else 'nothing'}")
     for key, new in values.items():
+        key = key.replace("-", "_")
         name = f"{section}{key}"
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {section}{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {name}; {hint}")
-        old = getattr(cfg, key)
-        if is_dataclass(old):
-            _update(old, new, where, f"{name}.")
+            if name not in REPLACED or where == COMMAND_LINE:
+                raise ValueError(f"{where}: unknown key {name}; {_hint(name, section, known)}")
+            if new != REPLACED[name][1]:
+                print(f"{where}: {name} is passed over: {REPLACED[name][0]} now", file=sys.stderr)
+        elif is_dataclass(getattr(cfg, key)):
+            _update(getattr(cfg, key), new, where, given, f"{name}.")
         else:
             # the default tells the type: the present value may be an empty list
             default = getattr(type(cfg), key)
-            setattr(cfg, key, _typed(default, new, where, name))
+            new = _typed(default, new, where, name)
+            setattr(cfg, key, new)
+            given.pop(name, None)
+            if where == COMMAND_LINE or new != default:
+                given[name] = where
+
+
+def _hint(name, section, known):
+    """What may have been meant by an unknown key."""
+    names = list(flat(Config()))
+    names += {other.rpartition(".")[0] for other in names} - {""}
+    key = name.split(".")[-1]
+    close = [other for other in names if key and other.split(".")[-1].startswith(key)][:3]
+    close += difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    if name in REPLACED:
+        close = [REPLACED[name][0]]
+    if close:
+        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
+    return f"known: {', '.join(section + key for key in known)}"
 
 
 def _typed(default, new, where, name):
-    """Returns `new` in the type of `default`; only differences of notation are accepted."""
-    wanted = type(default)
-    if wanted is float and type(new) in (int, str):
-        # YAML 1.1 reads 1e-4 (without a dot) as a string
-        with suppress(ValueError):
-            return float(new)
-    if wanted is tuple and type(new) is list:
-        item = type(default[0])
-        if all(type(x) is item for x in new):
-            return tuple(new)
-        raise ValueError(f"{where}: {name} expects a list of {item.__name__}, got {new!r}")
-    # a path or a name may look like a number: --out_dir=2026
-    if wanted is str and type(new) in (int, float):
-        return str(new)
-    if name == "resume" and new == "changed":
+    """`new` in the type of `default`. new: text, a list or dict of it, True for a bare --key."""
+    if name == "model.size" and isinstance(new, str) and new.startswith("{"):
+        new = parse_yaml(new, where)
+    if name == "model.size" and isinstance(new, dict):
+        return {key: _typed(0, value, where, f"{name}.{key}") for key, value in new.items()}
+    if name == "resume" and new == "changed" or new is True and isinstance(default, bool):
         return new
-    if name == "model.size" and type(new) in (str, dict):
-        return new
-    if type(new) is not wanted:
-        wants = {tuple: "a list, [a, b]", bool: "true or false"}.get(wanted, wanted.__name__)
-        raise ValueError(f"{where}: {name} expects {wants}, got {new!r}; write --{name}=VALUE")
-    return new
+    convert, expected = TYPES[type(default)]
+    try:
+        value = convert(new)
+    except (ValueError, KeyError):
+        got = "no value" if new is True else shown(new)
+        raise ValueError(f"{where}: {name} expects {expected}, got {got}; write --{name}=VALUE"
+                         ) from None
+    if isinstance(value, list):
+        return tuple(_typed(default[0], item, where, name) for item in value)
+    return expand_home(value) if name in PATHS else value
 
 
 def validate(cfg):
     """Raises ValueError for values out of range and for keys that contradict each other."""
+    values = flat(cfg)
     for name, choices in CHOICES.items():
-        if _get(cfg, name) not in choices:
-            raise ValueError(f"{name} is {_get(cfg, name)!r}; choose from {', '.join(choices)}")
+        value = values[name]
+        for one in value if isinstance(value, tuple) else [value]:
+            if one not in choices:
+                raise ValueError(f"{name} is {one!r}; choose from {', '.join(choices)}")
     for name, least in AT_LEAST.items():
+        # beyond these no number can be computed with: whole ones up to 2^53, others in float32
+        most = AT_MOST.get(name, 2 ** 53 if type(values[name]) is int else 3e38)
         # not (a >= b) rather than a < b, so that nan is refused too
-        if not _get(cfg, name) >= least:
-            raise ValueError(f"{name} is {_get(cfg, name)}; it must be at least {least}")
-    _validate_training(cfg)
-    _validate_energy(cfg.energy)
-    if cfg.out_dir.startswith("gs://"):
-        raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
-    if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):
-        raise ValueError(f"gcs_dir {cfg.gcs_dir!r} must start with gs://")
-
-
-def _get(cfg, name):
-    """The value of a dotted name such as data.crop."""
-    for key in name.split("."):
-        cfg = getattr(cfg, key)
-    return cfg
-
-
-def _validate_training(cfg):
-    if not re.fullmatch(r"|cpu|cuda(:\d+)?", cfg.device):
+        if not least <= values[name] <= most:
+            limit = f"at most {most}" if values[name] > most else f"at least {least}"
+            raise ValueError(f"{name} is {values[name]}; it must be {limit}")
+    if not re.fullmatch(r"|cpu|cuda(:\d\d?)?", cfg.device):
         raise ValueError(f"device is {cfg.device!r}; "
                          "write --device=cpu, --device=cuda or --device=cuda:1")
     frames = cfg.data.clip_frames
     if cfg.rollout >= frames:
         raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and "
                          f"data.clip_frames is {frames}; set --rollout={frames - 1} or less")
-    if cfg.lora.dropout >= 1:
-        raise ValueError(f"lora.dropout is {cfg.lora.dropout}; it must be below 1")
-    if not cfg.lora.targets:
-        raise ValueError("lora.targets is empty: nothing would be trained; "
-                         "name layers such as attn.qkv")
-    if cfg.data.val_fraction > 1:
-        raise ValueError(f"data.val_fraction is {cfg.data.val_fraction}; "
-                         "it must be at most 1 (all episodes are for validation)")
+    for name in ("lora.targets", "energy.planes"):
+        if not values[name] or "" in values[name]:
+            raise ValueError(f"{name} is empty; give one at least, as config.yaml does")
     if cfg.val_every and not cfg.data.val_fraction:
         raise ValueError("val_every needs validation episodes and data.val_fraction is 0; "
                          "set one of the two")
@@ -282,18 +292,13 @@ def _validate_training(cfg):
     if cfg.schedule == "wsd" and cfg.decay_steps > cfg.max_steps:
         raise ValueError(f"decay_steps {cfg.decay_steps} is above max_steps {cfg.max_steps}; "
                          "lower it or raise max_steps")
-
-
-def _validate_energy(energy):
-    for plane in energy.planes:
-        if plane not in PLANES:
-            raise ValueError(f"energy.planes has {plane!r}; choose from {', '.join(PLANES)}")
-    for planner in energy.planners:
-        if planner not in PLANNERS:
-            raise ValueError(f"energy.planners has {planner!r}; choose from {', '.join(PLANNERS)}")
-    if energy.cem_elites > energy.cem_samples:
-        raise ValueError(f"energy.cem_elites {energy.cem_elites} is above energy.cem_samples "
-                         f"{energy.cem_samples}; lower it or raise cem_samples")
+    if cfg.energy.cem_elites > cfg.energy.cem_samples:
+        raise ValueError(f"energy.cem_elites {cfg.energy.cem_elites} is above energy.cem_samples "
+                         f"{cfg.energy.cem_samples}; lower it or raise cem_samples")
+    if cfg.out_dir.startswith("gs://"):
+        raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
+    if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):
+        raise ValueError(f"gcs_dir {cfg.gcs_dir!r} must start with gs://")
 
 
 def save(cfg, path):
@@ -303,11 +308,5 @@ def save(cfg, path):
 
 def dump(cfg):
     """The resolved config as YAML text."""
-    return yaml.safe_dump(_tuples_to_lists(asdict(cfg)), sort_keys=False)
-
-
-def _tuples_to_lists(value):
-    # YAML has lists only; PyYAML would tag tuples as Python objects, which safe_load refuses
-    if isinstance(value, dict):
-        return {key: _tuples_to_lists(v) for key, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    # Through JSON tuples become lists; PyYAML would tag them as Python objects, which nobody reads.
+    return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False)

@@ -184,5 +184,6 @@ def test_landscapes_and_the_package_from_the_command_line(experiment, tmp_path):
 
 
 def test_help_is_the_manual(capsys):
-    train.main([])
-    assert "torchrun --standalone" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        train.main([])
+    assert not done.value.code and "torchrun --standalone" in capsys.readouterr().out

@@ -28,6 +28,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("toy.py", __doc__)
+
 import matplotlib
 import numpy as np
 import torch
@@ -121,7 +128,7 @@ def finetune(out, cfg, data, run, pause_at=0):
     latents.encode(cfg)
     # The toy pauses one of its runs so that resuming is exercised too.
     if pause_at:
-        train.train(replace(cfg, max_steps=pause_at, decay_steps=0))
+        train.train(replace(cfg, stop_at=pause_at))
     last = train.train(replace(cfg, resume=True))
     # Stopped by Ctrl-C: half-trained adapters would say nothing.
     if last.name != f"step_{cfg.max_steps}":
@@ -293,8 +300,11 @@ def _draw_mean_landscape(panel, arrays, energies, scale):
 
 
 def main(args):
-    if args:
-        sys.exit(__doc__)
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("toy.py", __doc__, args, _run)
+
+
+def _run(_):
     torch.set_num_threads(1)        # such small networks gain little from more, and numbers repeat
     shutil.rmtree(OUT, ignore_errors=True)          # this folder is the toy's own
     started = time.monotonic()
@@ -304,4 +314,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -29,6 +29,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("bench.measure", __doc__)
+
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
@@ -229,19 +236,17 @@ COMMANDS = {"data": data, "precision": precision, "profile": profile, "analysis"
 
 
 def main(args):
-    command, args = args[0] if args else "", args[1:]
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("bench.measure", __doc__, args, _run)
+
+
+def _run(given):
+    command, *paths = given.paths or [""]
     if command not in FILE_COMMANDS | COMMANDS:
-        sys.exit(__doc__)
-    path, keys = "runs/released_layout.pt", []
-    for arg in args:
-        if arg.startswith("--file="):
-            path = arg.removeprefix("--file=")
-        else:
-            keys.append(arg)
-    try:
-        cfg = load_config(keys)
-    except ValueError as error:
-        sys.exit(f"bench.measure: {error}")
+        raise ValueError(f"{command or 'no command'}: choose from "
+                         f"{', '.join(FILE_COMMANDS | COMMANDS)} (--help explains them)")
+    cfg = load_config(paths + given.keys)
+    path = given.options.get("file", "runs/released_layout.pt")
     if command in COMMANDS:
         print(json.dumps(COMMANDS[command](cfg)))
     elif os.environ.get("BENCH_CHILD"):
@@ -250,8 +255,8 @@ def main(args):
         if not Path(path).exists():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_released_layout(path, cfg.model.size)
-        in_fresh_process(command, args)
+        in_fresh_process(command, [*paths, *given.keys, f"--file={path}"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -20,11 +20,18 @@ installed, nothing of fast/. Rows with --compile=false are what train.py runs wi
 weights in the precision of the run, our LoRA. All other rows run as the scripts do.
 """
 import json
-import sys
+import re
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("bench.speed", __doc__)
 
 import numpy as np
 import torch
@@ -321,26 +328,20 @@ def load_config(args):
 
 
 def main(args):
-    if "-h" in args or "--help" in args:
-        print(__doc__)
-        return
-    options = {"--repeats": "10", "--parts": ",".join(PARTS)}
-    keys = []
-    for arg in args:
-        name, _, value = arg.partition("=")
-        if name in options:
-            options[name] = value
-        else:
-            keys.append(arg)
-    try:
-        cfg = load_config(keys)
-        device = model.resolve_device(cfg.device)
-        cfg = memory.cap_gpu_memory(cfg, device)
-        repeats, parts = int(options["--repeats"]), options["--parts"].split(",")
-        if repeats < 1 or not set(parts) <= PARTS.keys():
-            raise ValueError(f"--repeats is a number from 1, --parts are some of {','.join(PARTS)}")
-    except ValueError as error:
-        sys.exit(f"bench.speed: {error}")
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("bench.speed", __doc__, args, _run)
+
+
+def _run(given):
+    repeats = given.options.get("repeats", "10")
+    parts = given.options.get("parts", ",".join(PARTS)).split(",")
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", repeats) or not set(parts) <= PARTS.keys():
+        raise ValueError("--repeats is a whole number from 1, --parts are some of "
+                         f"{','.join(PARTS)}; got {repeats} and {','.join(parts)}")
+    repeats = int(repeats)
+    cfg = load_config(given.paths + given.keys)
+    device = model.resolve_device(cfg.device)
+    cfg = memory.cap_gpu_memory(cfg, device)
     if device.type != "cuda":
         cfg = replace(cfg, precision="fp32")        # what a CPU trains in
 
@@ -362,4 +363,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)

@@ -14,8 +14,14 @@ import io
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
+
+from running import command_line
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = command_line.begin("bench.toy_study", __doc__)
 
 import matplotlib
 import numpy as np
@@ -207,11 +213,16 @@ def _draw_curve(panel, points, mix, camera, colour):
 
 
 def main(args):
-    given = re.fullmatch(r"--seeds=(\d+(,\d+)*)", " ".join(args))
-    if args and not given:
-        sys.exit(__doc__)
+    """args: of the command line, or what `command_line.begin` returned."""
+    command_line.run("bench.toy_study", __doc__, args, _run)
+
+
+def _run(given):
+    text = given.options.get("seeds", "0,1,2,3,4")
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"--seeds={text}: give whole numbers, such as --seeds=0,1")
     torch.set_num_threads(1)
-    seeds = [int(seed) for seed in given[1].split(",")] if given else list(range(5))
+    seeds = [int(seed) for seed in text.split(",")]
     for seed in seeds:
         run_seed(seed)
     result = study(seeds)
@@ -222,4 +233,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments)
