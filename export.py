@@ -230,8 +230,8 @@ def _config_in_package(cfg):
     cropped, one recorded frame per step, and all of them for validation."""
     data = replace(cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1,
                    val_fraction=1.0, drop_idle=False)
-    return replace(cfg, out_dir="results", resume=False, gcs_dir="", device="", memory=0.0,
-                   data=data)
+    return replace(cfg, out_dir="results", resume=False, init="", debug=False, gcs_dir="",
+                   device="", memory=0.0, data=data)
 
 
 def source_files():

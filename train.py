@@ -35,6 +35,7 @@ import lora
 import model
 from episodes.stored import check_store
 from running import ranks
+from running.checks import check_training
 from running.log import Logger, StepTimer
 from running.mirror import Mirror
 from running.numbers import Watch
@@ -59,6 +60,7 @@ def train(cfg):
     """Runs the recipe and returns the folder of the last checkpoint. Raises ValueError or OSError
     with one line to act on."""
     config.validate(cfg)
+    check_training(cfg)
     device = model.resolve_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -222,7 +222,7 @@ def test_running_out_of_memory_ends_in_advice_and_keeps_the_checkpoint(data, tmp
         torch.cuda.set_per_process_memory_fraction(share)
         with pytest.raises(ValueError, match="out of memory at .* micro-batches of 8; use "
                            "--batch_size=4 .*newest checkpoint: step 1"):
-            train.train(gpu_recipe(data, tmp_path / "run", "--max_steps=3", "--resume",
+            train.train(gpu_recipe(data, tmp_path / "run", "--max_steps=3", "--resume=changed",
                                    "--batch_size=8"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
