@@ -25,6 +25,7 @@ import config
 import lora
 import model
 from files import free_name, write_file
+from files.reading import read_bytes
 from running import settings
 from running.lock import Lock
 from running.mirror import fetch_newest
@@ -36,6 +37,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What state.pt holds, besides the settings ("history"), which those of older versions do not have.
 STATE = {"step": int, "ranks": list, "optimizer": dict, "optimizer_name": str, "scaler": dict,
          "base": str}
+
+
+# Of each parameter, of its shape.
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adamw8bit": ("state1", "state2")}
 
 
 # Starting
@@ -81,6 +86,8 @@ def open_run(cfg, device, lr_at):
             raise outcome if rank == 0 else SystemExit(1)
         cfg, start, history = outcome
         run = Run(Path(cfg.out_dir), lock if rank == 0 else None, start, history)
+        if rank == 0:
+            _set_aside(run, above=start)
         if start:
             run.state = read_state(run.out / f"step_{start}")
         run.other_base = cfg.resume == "changed"
@@ -181,9 +188,8 @@ def read_state(folder):
             raise ValueError(f"{folder}: has no {name}")
     sums = _read_sums(folder)
     for name, digest in sums.items():
-        path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{path}: damaged (its SHA-256 is not that of {SUMS})")
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{folder}/{name}: damaged (its SHA-256 is not that of {SUMS})")
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     # PyTorch raises whatever the damaged bytes lead it to.
@@ -203,12 +209,20 @@ def read_state(folder):
 def _read_sums(folder):
     """{name: SHA-256} of a step's files; {} for a step of an older version, which has no sums."""
     try:
-        lines = (folder / SUMS).read_text().splitlines()
+        lines = read_bytes(folder / SUMS, limit=10_000).decode().splitlines()
         return {line[66:]: line[:64] for line in lines}
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{folder}/{SUMS}: damaged ({error})") from None
+
+
+def _sha256(path):
+    """The digest of a regular file of any size, "" for anything else."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fault_of_state(state, folder):
@@ -224,12 +238,22 @@ def _fault_of_state(state, folder):
     if not isinstance(history, list) or not all(
             isinstance(era, dict) and isinstance(era.get("settings"), dict) for era in history):
         return "history holds no settings"
+    for era in history:
+        fault = settings.fault_of(era["settings"])
+        if fault:
+            return f"its settings: {fault}"
     for rank in state["ranks"]:
         data = rank.get("data") if isinstance(rank, dict) else None
-        if not isinstance(data, dict) or not torch.is_tensor(rank.get("rng")) or not all(
-                isinstance(data.get(key), int) for key in ("round", "index", "count")):
+        if not isinstance(data, dict) or not _is_rng(rank.get("rng")) or not all(
+                type(data.get(key)) is int and data[key] >= 0
+                for key in ("round", "index", "count")):
             return "ranks hold no random state or no place in the data"
     return "" if state["ranks"] else "it has no rank"
+
+
+def _is_rng(value):
+    like = torch.get_rng_state()
+    return torch.is_tensor(value) and (value.dtype, value.shape) == (like.dtype, like.shape)
 
 
 # Saving
@@ -281,19 +305,35 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
         # What is there cannot be resumed from, or this run would have started behind it; but it
         # may hold an adapter.
         if folder.exists():
-            aside = free_name(folder, "damaged")
-            folder.rename(aside)
-            tqdm.write(f"{folder}: was not whole; kept as {aside.name}", file=sys.stderr)
+            _keep_aside(folder)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         newest = newest_step(run.out)
         raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
                       f"{f'step {newest}' if newest else 'none'})") from None
-    rotating = [old for old in saved_steps(run.out) if old not in cfg.milestones]
+    # Of killed saves and rotations.
+    for rest in run.out.glob("step_*.tmp"):
+        shutil.rmtree(rest, ignore_errors=True)
+    rotating = [old for old in saved_steps(run.out) if old <= step and old not in cfg.milestones]
     for old in rotating[:-cfg.keep]:
-        shutil.rmtree(run.out / f"step_{old}")
+        # Under another name first: a kill half-way is to leave no half of a step.
+        shutil.rmtree((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
     return folder
+
+
+def _set_aside(run, above):
+    """Renames the steps above the one to go on from: none of them is whole, and rotation must not
+    count them among those to keep."""
+    for step, folder in step_folders(run.out).items():
+        if step > above:
+            _keep_aside(folder)
+
+
+def _keep_aside(folder):
+    aside = free_name(folder, "damaged")
+    folder.rename(aside)
+    tqdm.write(f"{folder}: is not whole; kept as {aside.name}", file=sys.stderr)
 
 
 def _canonical(value):
@@ -316,12 +356,16 @@ def load(run, cfg, predictor, optimizer, scaler, loader):
     lora.load(predictor, folder)
     try:
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            for key in MOMENTS[cfg.optimizer]:
+                if moments[key].shape != parameter.shape:
+                    raise ValueError(f"{key} of shape {list(moments[key].shape)}")
         scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{folder}/state.pt: its optimizer state does not fit the adapters "
                          f"({error}); --init={folder} starts a new run from its adapter") from None
     for group in optimizer.param_groups:
-        group["weight_decay"] = cfg.weight_decay            # a resume may change it
+        group.update(optimizer.defaults)                    # a resume may change weight_decay
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved = state["ranks"]
     if len(saved) != world_size and rank == 0:

@@ -148,7 +148,7 @@ AT_LEAST = {
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
     "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
 }
-# Beyond, a float no longer counts whole numbers and timers overflow.
+# Of longer times timers overflow.
 AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
            "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
 PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents")

@@ -33,6 +33,7 @@ from episodes.clips import Clips, clip_span
 from episodes.crops import crop_frames, images_at_a_time
 from episodes.npz import NpzFiles
 from episodes.poses import apply_action, pose_deltas  # noqa: F401 (droid.pose_deltas is public)
+from episodes.prefetch import in_thread
 from episodes.retry import Connection, is_remote
 from episodes.shards import count_episodes, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode
@@ -55,9 +56,15 @@ def create_dataloader(cfg, split="train", shuffle=True):
 def open_source(cfg):
     """The EpisodeSource for data.latents, or else for data.path.
 
-    Raises ValueError if there are no files, or for data.keys that they do not have."""
+    Raises ValueError if there are no files, or for data.keys that they do not have; OSError."""
     if cfg.data.latents:
         return StoredLatents(cfg)
+    if is_remote(cfg.data.path):
+        return in_thread(_open_files, cfg)
+    return _open_files(cfg)
+
+
+def _open_files(cfg):
     data, path, size = cfg.data, cfg.data.path, resolve_size(cfg.model.size)["image_size"]
     tf = connection = None
     anonymous = not cfg.gcs_dir

@@ -23,12 +23,12 @@ from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("energy.py", __doc__)
+    arguments = script.begin("energy.py", __doc__)
 
 import numpy as np
 import torch
@@ -458,8 +458,8 @@ def report(arrays, folder):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("energy.py", __doc__, args, _run)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("energy.py", __doc__, args, _run)
 
 
 def _run(given):

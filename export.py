@@ -31,12 +31,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("export.py", __doc__)
+    arguments = script.begin("export.py", __doc__)
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ import lora
 import model
 from files.package import verify
 from files.weights import convert
+from running import command_line
 
 
 PACKAGE = "checkpoints_for_colab.zip"
@@ -330,8 +331,8 @@ def _size(path):
 # The command line
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("export.py", __doc__, args, lambda given: print(_run(given)))
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("export.py", __doc__, args, lambda given: print(_run(given)))
 
 
 def _run(given):

@@ -23,12 +23,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("latents.py", __doc__)
+    arguments = script.begin("latents.py", __doc__)
 
 import numpy as np
 import torch
@@ -344,9 +344,9 @@ def _saving(path):
 def _check_finite(h, first_row, file, episodes):
     """Raises ValueError, with the episode, if latents h [n, N, D] from row `first_row` of a data
     file on are not finite. episodes: [(Episode or DamagedEpisode, its rows)] so far."""
-    if not len(h) or stored.is_finite(h).all():
+    if not len(h) or stored.all_finite(h):
         return
-    row = first_row + int(stored.is_finite(h).int().argmin())
+    row = first_row + int(h.flatten(1).isfinite().all(1).int().argmin())
     ends = np.cumsum([n_rows for _, n_rows in episodes])
     k = int(np.searchsorted(ends, row, side="right"))
     episode, n_rows = episodes[k]
@@ -389,8 +389,8 @@ def _write_index(path, episodes, sha256):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("latents.py", __doc__, args, encode)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("latents.py", __doc__, args, encode)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("toy.py", __doc__)
+    arguments = script.begin("toy.py", __doc__)
 
 import matplotlib
 import numpy as np
@@ -300,8 +300,8 @@ def _draw_mean_landscape(panel, arrays, energies, scale):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("toy.py", __doc__, args, _run)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("toy.py", __doc__, args, _run)
 
 
 def _run(_):

@@ -17,12 +17,12 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("train.py", __doc__)
+    arguments = script.begin("train.py", __doc__)
 
 import torch
 import torch.distributed as dist
@@ -145,6 +145,7 @@ def run(cfg, device, run_folder, mirror, picked=""):
         micro_step = fast.CUDAGraph(micro_step, trainable)
     batches, timer, last_save = iter(loader), StepTimer(), start
     with StopSignal() as stop, torch.autograd.set_detect_anomaly(cfg.debug):
+        loader.leave = lambda: stop.number              # while it waits for gs://
         for step in range(start, end):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
@@ -245,8 +246,8 @@ def build_optimizer(cfg, trainable, device):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("train.py", __doc__, args, train)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("train.py", __doc__, args, train)
 
 
 if __name__ == "__main__":

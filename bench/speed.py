@@ -26,12 +26,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("bench.speed", __doc__)
+    arguments = script.begin("bench.speed", __doc__)
 
 import numpy as np
 import torch
@@ -328,8 +328,8 @@ def load_config(args):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("bench.speed", __doc__, args, _run)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("bench.speed", __doc__, args, _run)
 
 
 def _run(given):

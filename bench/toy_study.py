@@ -16,12 +16,12 @@ import re
 import shutil
 from pathlib import Path
 
-from running import command_line
+from running import script
 
 
 # Before PyTorch, whose import takes seconds.
 if __name__ == "__main__":
-    arguments = command_line.begin("bench.toy_study", __doc__)
+    arguments = script.begin("bench.toy_study", __doc__)
 
 import matplotlib
 import numpy as np
@@ -213,8 +213,8 @@ def _draw_curve(panel, points, mix, camera, colour):
 
 
 def main(args):
-    """args: of the command line, or what `command_line.begin` returned."""
-    command_line.run("bench.toy_study", __doc__, args, _run)
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("bench.toy_study", __doc__, args, _run)
 
 
 def _run(given):

@@ -2,7 +2,9 @@
 
 A file holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` [n, 7] or [1, n, 7]
 (x y z in metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed; robot base
-frame), and, if it was cut from a longer one, the name of its `episode`.
+frame), and, if it was cut from a longer one, the name of its `episode`. An image may have 8.4
+million pixels, an episode 5,461 frames of 256 × 256 pixels (every frame_step-th image, cropped):
+longer recordings are cut into several files that name the same `episode`.
 """
 import math
 import os
@@ -56,7 +58,8 @@ class NpzFiles:
         with open_npz(file) as npz:
             missing = [key for key in ("observations", "states") if key not in npz.names]
             if missing:
-                raise ValueError(f"has no array {missing[0]!r}, only {', '.join(npz.names)}")
+                others = ", ".join(shown(name)[1:-1] for name in npz.names[:5])
+                raise ValueError(f"has no array {missing[0]!r}, only {others or 'nothing'}")
             # Images are megabytes, and perhaps of another rank's clips: only their header is read.
             images = _LazyFrames(file, _frames_shape(npz, self.data, self.size), self.data,
                                  self.size)

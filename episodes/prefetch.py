@@ -55,6 +55,14 @@ def prefetch(items, n, while_waiting=None):
         end()
 
 
+def in_thread(function, *args):
+    """function(*args), from a thread: Ctrl-C works while it waits for a server."""
+    def results():
+        yield function(*args)
+    with closing(prefetch(results(), 1)) as items:
+        return next(items)
+
+
 def _fill(ready, stop, items):
     """The thread of `prefetch`: puts (item, None), and at last (None, error or StopIteration)."""
     try:

@@ -46,7 +46,7 @@ def verify(path):
             return manifest
         with open_zip(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()
-                     if not info.is_dir()}
+                     if not info.filename.endswith("/")}
             check_expanded(path, sum(sizes.values()))
             if sizes.get("manifest.json", 0) > JSON_LIMIT:
                 raise ValueError(f"{where}: has more than {JSON_LIMIT:,} bytes")

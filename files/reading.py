@@ -4,6 +4,7 @@ Whatever is wrong with a file, the error is a ValueError of one line that begins
 FileNotFoundError passes through: what to do about a missing file, the caller knows. Nothing waits
 (a FIFO is refused), no code is executed, and no more memory is used than the limit says.
 """
+import io
 import json
 import math
 import os
@@ -22,7 +23,8 @@ import numpy as np
 JSON_LIMIT = 16 << 20       # bytes
 ZIP_LIMIT = 1 << 30         # bytes that a .zip or .npz may expand to,
 ZIP_RATIO = 20              # or so many times its own size: measured numbers compress less
-MAX_MEMBERS = 10_000
+MAX_LIST = 2 << 20          # bytes of the list of members: 20,000 of them
+MAX_HEADER = 1 << 16        # bytes of an array's header
 PLAIN_KINDS = "biufcSUmM"   # of NumPy's dtypes: neither Python objects nor records
 
 _short = reprlib.Repr()
@@ -36,11 +38,11 @@ def file_size(path):
     there is nothing."""
     try:
         found = os.stat(path)
+    except FileNotFoundError:
+        raise
     except NotADirectoryError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:      # ValueError: a zero byte in the name
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path}: cannot be read ({_first_line(error)})") from None
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
@@ -141,17 +143,34 @@ def _named_kind(kind):
 @contextmanager
 def open_zip(path):
     """Yields a zipfile.ZipFile whose members have different names."""
-    file_size(path)
+    size = file_size(path)
     with one_line(path):
-        archive = zipfile.ZipFile(path)
+        list_bytes = _member_list_bytes(path, size)
+        # A list of a million names takes zipfile half a minute.
+        archive = zipfile.ZipFile(path) if list_bytes <= MAX_LIST else None
+    if not archive:
+        raise ValueError(f"{path}: its list of files has {list_bytes:,} bytes, more than the "
+                         f"{MAX_LIST:,} that are read; is it the right one?")
     with archive:
         names = Counter(archive.namelist())
         name, times = max(names.items(), key=itemgetter(1), default=("", 1))
         if times > 1:
             raise ValueError(f"{path}: holds {times} files named {shown(name)}")
-        if len(names) > MAX_MEMBERS:
-            raise ValueError(f"{path}: holds {len(names):,} files, more than {MAX_MEMBERS:,}")
         yield archive
+
+
+def _member_list_bytes(path, size):
+    """Bytes of the list of members, as the last record of a .zip says; 0 if there is none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - (1 << 16) - 100))       # a comment of 64 KiB may follow
+        tail = file.read(1 << 17)
+    last = tail.rfind(b"PK\5\6")
+    found = int.from_bytes(tail[last + 12:last + 16], "little") if last >= 0 else 0
+    # Before it, in large files: a record with numbers of 64 bits, and one that says where that is.
+    wide = last - 20 - 56
+    if wide >= 0 and tail[wide:wide + 4] == b"PK\6\6" and tail[last - 20:last - 16] == b"PK\6\7":
+        found = int.from_bytes(tail[wide + 40:wide + 48], "little")
+    return found
 
 
 @contextmanager
@@ -208,10 +227,12 @@ class Npz:
         """The ArrayHeader, compared with the bytes that there are; no value is decompressed."""
         where = f"{self.path}: array {shown(name)}"
         with open_member(self.archive, f"{name}.npy") as stream, one_line(self.path):
-            version = np.lib.format.read_magic(stream)
+            # NumPy would read a header of any length, up to 4 GB, before it judges it.
+            start = io.BytesIO(stream.read(MAX_HEADER))
+            version = np.lib.format.read_magic(start)
             read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                     else np.lib.format.read_array_header_2_0)
-            header = ArrayHeader(*read(stream), stream.tell())
+            header = ArrayHeader(*read(start), start.tell())
         if header.dtype.kind not in PLAIN_KINDS or header.dtype.subdtype:
             what = "Python objects" if header.dtype.hasobject else "records"
             raise ValueError(f"{where} holds {what}, expected numbers or text")

@@ -226,10 +226,15 @@ def claim(bucket, folder, writer=""):
     """Makes the bucket's folder that of the run in `folder`, and `writer`, a text that no other
     process has, the one that writes to it. Raises ValueError if it holds another run."""
     folder, mine, steps, owner = Path(folder), run_id(folder), bucket.steps(), _owner(bucket)
-    if owner.get("id", mine) != mine or (steps and not owner and not _same_run(bucket, folder)):
+    local = _local_steps(folder)
+    other = owner.get("id", mine) != mine or steps and not owner and not _same_run(bucket, folder)
+    # Of this run too: it would begin anew, and replace them.
+    saved = [step for step, names in steps.items() if STATE in names and UPLOADING not in names]
+    if other or saved and not local:
         newest = f" (step {max(steps)})" if steps else ""
-        resume = "" if _local_steps(folder) else ", or go on with that run by --resume"
-        raise ValueError(f"holds another run{newest}; choose another --gcs_dir{resume}")
+        resume = "" if local else ", or go on with that run by --resume"
+        raise ValueError(f"holds {'another run' if other else 'this run already'}{newest}; choose "
+                         f"another --gcs_dir{resume}")
     if mine:
         writer = writer or owner.get("writer", "")
         bucket.write_text(RUN, json.dumps({"id": mine, "writer": writer}) + "\n")

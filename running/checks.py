@@ -18,14 +18,13 @@ def check_training(cfg):
     """What a run would stumble over after its model was loaded."""
     values = config.flat(cfg)
     own = Path(cfg.out_dir, "config.yaml")
-    if cfg.resume and cfg.given is not None and own.is_file():
+    if cfg.resume and (steps_of(cfg.out_dir) or cfg.gcs_dir):
         try:
             settings = config.flat(config.load([str(own)]))
         except (ValueError, OSError):
-            return                                      # its checkpoint knows them
-        values = {name: values[name] if name in cfg.given else settings[name] for name in values}
-    elif cfg.resume and cfg.gcs_dir:
-        return                                          # the bucket knows them
+            return                              # its checkpoint or its bucket knows them
+        given = values.keys() if cfg.given is None else cfg.given
+        values = {name: values[name] if name in given else settings[name] for name in values}
     check_packages(values)
     check_sources(values)
     if cfg.init and not cfg.resume:

@@ -1,13 +1,8 @@
 """The command line of all scripts: help, spelling, run folders, and what can be checked at once.
 
-    if __name__ == "__main__":
-        arguments = command_line.begin("train.py", __doc__)     # before the imports below it
-    …
-    def main(args):
-        command_line.run("train.py", __doc__, args, train)
-
-Imports neither PyTorch nor TensorFlow, which take seconds: help, a typo or a wrong path is answered
-before. Every script takes a run folder in place of a recipe. Errors are one line, with exit code 1.
+running/script.py shows how the scripts use it. Imports neither PyTorch nor TensorFlow, which take
+seconds: help, a typo or a wrong path is answered before. Every script takes a run folder in place
+of a recipe. Errors are one line, with exit code 1.
 """
 import os
 import re
@@ -61,7 +56,6 @@ COMMANDS = {
 def begin(script, doc):
     """The first lines of a script: signals, then everything that needs no PyTorch. Returns what
     `run` takes for args. Ends the process after --help and after an error."""
-    stop.begin_script()
     with one_line_errors(script):
         return parse(script, doc, sys.argv[1:])
 

@@ -103,11 +103,12 @@ class Watchdog:
             "host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(16),
             "address": self.socket.getsockname()})
         self.token = self.processes[0]["token"]
-        # Of each other rank: what it reports, when that changed last, when it last gave a sign.
+        # Of each other rank: what it reports, when that changed last, when it was last heard. One
+        # that never was is behind a network that holds datagrams back, and not judged.
         self.others = [r for r in range(len(self.processes)) if r != self.rank]
         self.reports = {r: [0, 0, 0, "starting"] for r in self.others}
         self.moved = dict.fromkeys(self.others, time.monotonic())
-        self.heard = dict(self.moved)
+        self.heard = {}
 
     def run(self):
         """The thread."""
@@ -143,7 +144,7 @@ class Watchdog:
         if since is None or now - since < self.seconds:
             return
         # Counted alike on all ranks: who has entered fewer collective operations comes late.
-        late = [r for r in self.others if now - self.heard[r] > self.seconds
+        late = [r for r, heard in sorted(self.heard.items()) if now - heard > self.seconds
                 or self.reports[r][1] < progress.collective and now - self.moved[r] > self.seconds]
         if not late:
             return
@@ -173,7 +174,7 @@ class Watchdog:
         """See the function of this name."""
         begin = time.monotonic()
         time.sleep(max(2, 4 * self.period))
-        gone = [r for r in self.others if self.heard[r] < begin]
+        gone = [r for r, heard in sorted(self.heard.items()) if heard < begin]
         if not gone:
             return f"the connection between the ranks broke ({reason})"
         # Others may have ended since, because of the first one.

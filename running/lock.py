@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -50,6 +51,8 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+                raise OSError(f"{self.path}: is no file; remove it")
             locked = _try_flock(self.fd)
             if locked is False:
                 time.sleep(0.3)                 # somebody may only have had a look at it

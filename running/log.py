@@ -43,7 +43,7 @@ class Logger:
             aside = free_name(self.path, "before")
             self.path.rename(aside)
             self.print(f"{self.path}: was no file; kept as {aside.name}")
-        kept, odd = [], 0
+        kept, odd = {}, 0
         if start and self.path.exists():
             with open(self.path, "rb") as file:
                 # A file without line ends is not to fill the memory.
@@ -51,8 +51,9 @@ class Logger:
                     step = _step_of(line)
                     odd += step is None
                     if step is not None and step <= start:
-                        kept.append(line.rstrip(b"\r\n") + b"\n")
-        write_file(self.path, b"".join(kept))
+                        # Once each, the last one if there are several.
+                        kept[step, b'"val_loss"' in line] = line.rstrip(b"\r\n") + b"\n"
+        write_file(self.path, b"".join(kept[key] for key in sorted(kept)))
         if odd:
             self.print(f"{self.path}: {odd} damaged lines dropped")
 

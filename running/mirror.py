@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from files import write_file
 from running import hang, stop
-from running.bucket import PATIENCE, TEMPORARY
+from running.bucket import PATIENCE, RUN, TEMPORARY
 
 
 FIRST_WAIT, LONGEST_WAIT = 10.0, 600.0      # seconds between two tries: the wait doubles
@@ -29,7 +31,7 @@ BUCKET = r"gs://[a-z0-9][\w.-]+(/[^*?\[\]\\#\x00-\x1f]*)?"
 class Mirror:
     """Uploads the run folder to cfg.gcs_dir every cfg.gcs_minutes, from rank 0.
 
-        with Mirror(cfg, out) as mirror:        # out/run.json says which run it is
+        with Mirror(cfg, out) as mirror:
             mirror.upload_if_due()              # after each step: returns at once
 
     The end of the block is a last upload, also if an error or a signal ended the training loop. A
@@ -46,6 +48,7 @@ class Mirror:
         self.writer = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
         self.trained, self.uploading, self.worker = False, False, None
         if self.active:
+            _identify(Path(out))
             self.worker = _ask(self.url, self.retry_minutes, "claim", _absolute(out), self.writer)
 
     def __enter__(self):
@@ -58,10 +61,8 @@ class Mirror:
         finally:
             self._end()
 
-    def upload_if_due(self, now=False):
+    def upload_if_due(self):
         """Looks after the upload in the background; takes microseconds."""
-        if now:     # until train.py calls finish
-            self.finish()
         if not self.active:
             return
         self.trained = True
@@ -142,6 +143,13 @@ class Mirror:
         if self.worker:
             self.worker.kill()
         self.worker, self.uploading = None, False
+
+
+def _identify(out):
+    """Gives a run folder its identity, once: by it a folder in the bucket belongs to one run."""
+    if not (out / RUN).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / RUN, (json.dumps({"id": uuid.uuid4().hex}) + "\n").encode())
 
 
 def fetch_newest(url, folder, newer_than=0, retry_minutes=0.0):

@@ -11,16 +11,12 @@ import json
 import math
 from collections import deque
 from contextlib import suppress
-from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import droid
 import lora
-from episodes.clips import in_split
-from episodes.source import Episode
 from running import hang
 from running.ranks import gather_from_ranks, rows_of_ranks
 
@@ -31,7 +27,7 @@ FEWEST = 50             # … once there are so many
 SPIKE = 6.0             # standard deviations above their mean
 # ‖s B A‖ / ‖W‖ of adapters that compute nothing of use any more. Trained ones are below 1.
 EXPLODED = 100.0
-WEIGHTS, POSES, LATENTS, OVERFLOW = range(4)        # causes, the most certain ones first
+WEIGHTS, POSES, OVERFLOW = range(3)     # causes, the most certain ones first
 MOST_POSE = 100.0       # m and rad: what is larger is suspected
 
 
@@ -97,8 +93,9 @@ class Watch:
         """The values of a validation again. Raises ValueError if one is not finite."""
         bad = sorted(name for name, value in values.items() if not math.isfinite(value))
         if bad:
-            raise ValueError(f"step {step}: {', '.join(bad)} not finite: "
-                             f"{self._cause(None)[1]}; {self._saved()}")
+            self.suspects = []
+            raise ValueError(f"step {step}: {', '.join(bad)} not finite: {self._cause()[1]}; "
+                             f"{self._saved()}")
         return values
 
     def worth_saving(self, last):
@@ -143,7 +140,7 @@ class Watch:
                            for of_ranks in zip(*gather_from_ranks(here)))
         what = (f"the loss ({', '.join(bad)}) is not finite in {n_bad} of {n} micro-batches"
                 if bad else "the gradient is not finite")
-        certainty, cause = self._cause(clips)
+        certainty, cause = self._cause()
         self.spoiled = bool(bad) and certainty in (WEIGHTS, OVERFLOW)
         self.fault = f"step {step}: {what} (clips: {_some(clips)}): {cause}"
         self._keep(step=step, loss=None, not_finite=bad or ["gradient"], clips=clips)
@@ -153,12 +150,11 @@ class Watch:
             raise ValueError(f"{self.fault}; {self._saved(step - 1)}")
         self.say(f"{self.fault}; going on, for at most {MOST_SKIPPED} such steps in a row")
 
-    def _cause(self, clips):
-        """(WEIGHTS, …; why, and what to do). clips: names, or None for those of the validation."""
-        return min(gather_from_ranks(self._cause_here(clips)))
+    def _cause(self):
+        """(WEIGHTS, POSES or OVERFLOW; in words, with what to do)."""
+        return min(gather_from_ranks(self._cause_here()))
 
-    def _cause_here(self, clips):
-        """What it is on this rank."""
+    def _cause_here(self):
         cfg = self.cfg
         for name, parameter in self.world.named_parameters():
             if parameter.isfinite().all():
@@ -172,41 +168,16 @@ class Watch:
         if not size <= EXPLODED:
             return WEIGHTS, (f"the adapters have grown to {size:.0e} times the weights, so that "
                              f"the gradient is not finite; lower --lr (now {cfg.lr:g})")
-        for names, poses in self.suspects if clips is not None else []:
+        for names, poses in self.suspects:
             for key, values in poses.items():
                 if not values.abs().max() < MOST_POSE:
                     return POSES, (f"{key} of {_some(names)} hold values up to "
                                    f"{values.abs().max():.0e}; repair or leave out these episodes")
-        name = ""
-        # What cannot be read cannot be the cause.
-        with suppress(OSError, ValueError):
-            name = self._bad_latents(clips) if cfg.data.latents else ""
-        if name:
-            return LATENTS, (f"the latents of {name} are not finite; make {cfg.data.latents} again "
-                             "with --precision=bf16 or fp32")
         wider = {"fp16": "use --precision=bf16 or fp32, or ",
                  "bf16": "use --precision=fp32 or ", "fp32": ""}[cfg.precision]
         return OVERFLOW, (
             f"weights and data are finite, so that activations overflow {cfg.precision}; {wider}"
             f"lower --lr (now {cfg.lr:g})")
-
-    def _bad_latents(self, clips):
-        """The name of an episode with stored latents that are not finite, or ""."""
-        source, split = droid.open_source(self.cfg), "val" if clips is None else "train"
-        n_read = 0
-        for episode in chain.from_iterable(map(source.episodes, source.files)):
-            if not isinstance(episode, Episode) or not in_split(episode.name, split, self.cfg.data):
-                continue
-            name = f"{episode.name} @ "
-            if clips is not None and not any(clip.startswith(name) for clip in clips):
-                continue
-            if not all(h.isfinite().all() for h in episode.images):
-                return episode.name
-            n_read += 1
-            # The validation's clips are the first ones.
-            if clips is None and n_read == self.cfg.val_batches * self.cfg.batch_size:
-                break
-        return ""
 
     def _saved(self, step=0):
         """The checkpoint to go on from. step: the one that will be saved if it is `unsaved`."""

@@ -40,6 +40,17 @@ def kept(cfg):
     return {name: value for name, value in flat(cfg).items() if name not in NOT_KEPT}
 
 
+def fault_of(kept):
+    """What is wrong with settings that a checkpoint keeps, or "": a missing key is one that came
+    with a later version, unless a resume needs it."""
+    for name, default in flat(config.Config()).items():
+        value = kept.get(name, default)
+        if type(value) is not type(default) and name != "model.size":
+            return f"{name} is {value!r}"
+    missing = {"batch_size", "grad_accum", "precision"} - kept.keys()
+    return f"no {missing.pop()}" if missing else ""
+
+
 def own_settings(out, history, say):
     """{dotted name: value} of a run, from its config.yaml and over it what its checkpoint keeps.
 

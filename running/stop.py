@@ -28,8 +28,7 @@ from functools import partial
 from pathlib import Path
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]                    # Windows has no SIGHUP
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # s: signals that follow the first one by less are the same wish. torchrun passes on what Slurm has
 # sent to all processes already, and systemd sends SIGHUP after SIGTERM.
 ONE_WISH = 1.0
@@ -81,7 +80,10 @@ def fail(message, script=""):
         # What stops all ranks is said once: torchrun ends this one while it waits.
         time.sleep(2)
         message = f"rank {rank}: {message}"
-    sys.exit(f"{script or _script or Path(sys.argv[0]).name}: {message}")
+    line = f"{script or _script or Path(sys.argv[0]).name}: {message}"
+    if exit_code():             # a signal, while the run waited for data
+        print(line, file=sys.stderr)
+    sys.exit(exit_code() or line)
 
 
 def _received_by_the_thread(*_):

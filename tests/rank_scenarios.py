@@ -54,6 +54,10 @@ def slow():
     time.sleep(0.5 * TIMEOUT)
 
 
+def late():
+    time.sleep(1.5 * TIMEOUT)
+
+
 def trying_again():
     """For longer than the timeout, as when a bucket does not answer."""
     retry._waiting[0] = time.monotonic(), "gs://x does not answer"
@@ -67,7 +71,7 @@ SCENARIOS = {
     "sleeping 0": (2, {0: sleeping}), "spinning": (2, {1: spinning}), "killed": (3, {1: killed}),
     "killed 0": (2, {0: killed}), "slow": (2, {1: slow}), "trying again": (2, {1: trying_again}),
     "two": (3, {0: sleeping, 2: stopped}), "stopped inside": (2, {1: stop_rank_0}),
-    "signal": (2, {}), "not finite": (2, {}), "spike": (2, {}),
+    "not heard": (2, {1: late}), "signal": (2, {}), "not finite": (2, {}), "spike": (2, {}),
 }
 
 
@@ -101,6 +105,8 @@ def run_rank(name, rank, n, does, port):
                    "MASTER_PORT": str(port)}
     cfg = SimpleNamespace(dist_timeout_minutes=TIMEOUT / 60,
                           data=SimpleNamespace(retry_minutes=1))
+    if (name, rank) == ("not heard", 1):
+        hang.Watchdog._send = lambda *_: None
     ranks.start(cfg, torch.device("cpu"), lambda: 7)
     for step in range(1, 5 if does else 1):
         time.sleep(0.2 * TIMEOUT)

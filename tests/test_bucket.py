@@ -99,13 +99,15 @@ def test_what_is_there_whole_is_not_sent_again(folder, tmp_path, monkeypatch):
     Path(folder.url, "step_2/SHA256SUMS").unlink()          # as an older version leaves a step, or
     Path(folder.url, "step_4/SHA256SUMS").unlink()          # an upload that was cut off
     flip(Path(folder.url, f"step_4/{bucket.ADAPTER}"), 100)
+    Path(folder.url, "step_10/UPLOADING").touch()
     sent, write = [], type(folder).write
     monkeypatch.setattr(type(folder), "write", lambda self, name, *args: (
         sent.append(name), write(self, name, *args)))
     bucket.upload(folder, run)
     names = [name for name in sent if name.startswith("step_")]
     assert names == ["step_2/SHA256SUMS", "step_4/UPLOADING", f"step_4/{bucket.ADAPTER}",
-                     "step_4/SHA256SUMS"]
+                     "step_4/SHA256SUMS", "step_10/SHA256SUMS"]
+    assert set(map(len, folder.steps().values())) == {4}
     assert folder.read_text("step_4/SHA256SUMS") == sums_of(Path(folder.url, "step_4"))
 
 
@@ -261,22 +263,24 @@ def test_nothing_in_the_run_folder_is_lost_by_fetching(folder, tmp_path):
         assert after[name] == data
 
 
-def test_a_fetch_that_was_cut_goes_on(folder, tmp_path, monkeypatch):
+def test_a_fetch_that_was_cut_or_altered_goes_on(folder, tmp_path, monkeypatch):
     bucket.upload(folder, write_run(tmp_path / "run"))
     reads, read = [], bucket.Bucket.read
 
-    def cut(self, name, sink=None):
+    def fail_once(self, name, sink=None):
         reads.append(name)
-        if name == "step_10/state.pt" and reads.count(name) == 1:
+        if name in (f"step_10/{bucket.ADAPTER}", "step_10/state.pt") and reads.count(name) == 1:
             sink.write(b"half")
-            raise bucket.NoAnswer("cut")
+            if "state" in name:
+                raise bucket.NoAnswer("cut")
+            return hashlib.sha256(b"half").hexdigest()
         return read(self, name, sink)
-    monkeypatch.setattr(bucket.Bucket, "read", cut)
+    monkeypatch.setattr(bucket.Bucket, "read", fail_once)
     with pytest.raises(bucket.NoAnswer):
         bucket.fetch(folder, tmp_path / "fresh")
     assert not (tmp_path / "fresh/step_10").exists()
     bucket.fetch(folder, tmp_path / "fresh")
-    assert reads.count(f"step_10/{bucket.ADAPTER}") == 1
+    assert reads.count(f"step_10/{bucket.ADAPTER}") == 2        # both times before the cut
     step = tmp_path / "fresh/step_10"
     assert sums_of(step) == (step / "SHA256SUMS").read_text()
 
@@ -296,6 +300,9 @@ def test_a_bucket_folder_belongs_to_one_run(folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds another run \(step 10\); choose another --gcs_dir,"
                                          " or go on with that run by --resume"):
         bucket.claim(folder, new, "x")
+    nothing = write_run(tmp_path / "nothing", steps=[])     # the same run, whose steps are gone
+    with pytest.raises(ValueError, match=r"holds this run already \(step 10\)"):
+        bucket.claim(folder, nothing, "x")
     assert contents(folder.url) == before
     # The same run on another machine goes on; the first one finds out.
     bucket.claim(folder, run, "second")
@@ -303,7 +310,9 @@ def test_a_bucket_folder_belongs_to_one_run(folder, tmp_path):
     with pytest.raises(ValueError, match="goes on elsewhere"):
         bucket.upload(folder, run, "first")
     bucket.upload(folder, run)                  # by hand
+    Path(folder.url, "run.json").unlink()
     bucket.upload(folder, run, "second")
+    assert json.loads(folder.read_text("run.json")) == {"id": "a", "writer": "second"}
 
 
 def test_a_mirror_of_an_older_version_belongs_to_the_run_that_it_came_from(folder, tmp_path):
@@ -315,6 +324,9 @@ def test_a_mirror_of_an_older_version_belongs_to_the_run_that_it_came_from(folde
     for folder_of_another in (other, new):
         with pytest.raises(ValueError, match="holds another run"):
             bucket.claim(folder, folder_of_another, "x")
+    old = write_run(tmp_path / "old", [2], seed=1, run_id="")
+    with pytest.raises(ValueError, match="holds another run than"):
+        bucket.fetch(folder, old, newer_than=2)
     fresh = tmp_path / "fresh"
     bucket.fetch(folder, fresh)                 # --resume on another machine
     (fresh / "run.json").write_text('{"id": "d"}')

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_leaving_early_ends_the_reading_thread(rlds):
             "batches = iter(droid.create_dataloader(small.data_recipe(sys.argv[1]))); "
             "next(batches); print('end')")
     result = subprocess.run([sys.executable, "-c", code, str(rlds)], capture_output=True,
-                            text=True, timeout=60, env=os.environ | {"PYTHONPATH": "tests:."})
+                            text=True, timeout=150, env=os.environ | {"PYTHONPATH": "tests:."})
     # Without the noise that TensorFlow makes.
     assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")
 
@@ -260,3 +261,44 @@ def test_the_records_written_by_tfds():
     steps = steps - steps[:, :1]
     assert torch.allclose(steps, 4 * torch.arange(4.0).expand_as(steps), atol=1.5)
     assert len(batch["frames"]) == sum(len(range(0, n - 12, 8)) for n in (40, 57, 80, 104))
+
+
+# TensorFlow
+
+@pytest.mark.parametrize("error, says", [
+    (ModuleNotFoundError("No module named 'tensorflow'"), "pip install tensorflow (No module"),
+    (ImportError("libx.so:\n not found"), "cannot be imported (libx.so: not found); install it"),
+])
+def test_without_a_working_tensorflow_it_ends_in_one_line(monkeypatch, error, says):
+    def refuse(*_):
+        raise error
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=refuse)])
+    with pytest.raises(ValueError) as caught:
+        droid.tensorflow()
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_who_asks_for_credentials_gets_them_whoever_came_first(monkeypatch):
+    pytest.importorskip("tensorflow")
+    for user, calls in (("", [True, False, True]), ("", [False, True]), ("TRUE", [True, False])):
+        monkeypatch.setattr(droid, "_without_credentials", not user)
+        monkeypatch.setenv("NO_GCE_CHECK", user)
+        seen = []
+        for anonymous in calls:
+            droid.tensorflow(anonymous)
+            seen.append(os.environ["NO_GCE_CHECK"])
+        if user:                                # the user's own choice
+            assert set(seen) == {user}
+        else:
+            asked = calls.index(False)
+            assert seen == ["true"] * asked + ["false"] * (len(calls) - asked)
+
+
+def test_tensorflow_that_is_in_use_stays_as_it_is(monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+
+    def in_use(*_):
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+    monkeypatch.setattr(tf.config, "set_visible_devices", in_use)
+    assert droid.tensorflow() is tf

@@ -1,10 +1,12 @@
 """A run and its mirror: it neither waits for the upload nor hangs with it, and its end says what is
 in the bucket."""
+import json
 import os
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import gcs_emulator
@@ -55,9 +57,10 @@ class FakeWorker:
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake(monkeypatch, tmp_path):
     """A function that makes a Mirror: of the plan for its uploads, and of what happens first."""
     monkeypatch.setattr(mirror, "Worker", FakeWorker)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mirror, "time", Clock())
     monkeypatch.setattr(FakeWorker, "begun", [])
 
@@ -172,6 +175,9 @@ def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(fake, capsys):
         fake(claim=[DOWN] * 9)
     assert 60 < mirror.time.now < 120
     fake(claim=[DOWN, OK])
+    identity = Path("run/run.json").read_text()
+    fake()
+    assert Path("run/run.json").read_text() == identity and len(json.loads(identity)["id"]) == 32
     assert capsys.readouterr().err.splitlines() == [
         "gs://bucket/run: HTTP 503; trying again for 2 minutes"] * 2
 

@@ -48,8 +48,9 @@ def test_two_ranks_that_hang_are_both_named(results):
     assert line.startswith("train.py: rank 0 (") and " and rank 2 (" in line
 
 
-@pytest.mark.parametrize("scenario", ["slow", "trying again"])
+@pytest.mark.parametrize("scenario", ["slow", "trying again", "not heard"])
 def test_a_rank_that_gets_on_is_waited_for(results, scenario):
+    """And one whose datagrams do not get through is not judged."""
     assert results[scenario] == [[0, ""], [0, ""]]
 
 

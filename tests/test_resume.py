@@ -69,9 +69,9 @@ def test_a_recipe_with_the_defaults_changes_nothing(run):
 
 @pytest.mark.parametrize("change", [
     "data.camera=exterior_image_1_left", "data.crop=droid", "data.frame_step=1",
-    "data.clip_frames=3", "data.clip_stride=1", "data.path=/elsewhere", "data.keys.pose=x",
+    "data.clip_frames=3", "data.clip_stride=1", "data.keys.pose=x",
     "data.keys.episode=", "data.val_fraction=0.5", "data.only_success=false", "data.drop_idle=true",
-    "data.shuffle_buffer=9", "data.latents=latents/x", "precision=bf16", "lora.rank=8",
+    "data.shuffle_buffer=9", "precision=bf16", "lora.rank=8",
     "lora.alpha=1", "lora.rslora=false", "lora.dropout=0", "lora.targets=[attn.qkv]", "rollout=1",
     "seed=1", "optimizer=adamw8bit", "model.size=vitg", "batch_size=1", "grad_accum=4"])
 def test_what_changes_what_is_learned_is_refused(finished, change):

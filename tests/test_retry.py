@@ -1,5 +1,6 @@
 """Connections that are lost while records are read: the same clips as without, or one line."""
 import shutil
+import signal
 import threading
 import time
 
@@ -10,7 +11,7 @@ import torch
 import droid
 import tabletop
 from episodes import retry, tfrecords
-from episodes.prefetch import prefetch
+from episodes.prefetch import in_thread, prefetch
 from small import all_clips, data_recipe, episode, flip, take, which
 
 
@@ -209,3 +210,16 @@ def test_a_thread_that_cannot_be_stopped_is_left_behind(monkeypatch):
     items.close()
     assert time.monotonic() - begin < 3
     release.set()
+
+
+def test_what_runs_in_a_thread_can_be_interrupted():
+    """As opening a bucket is: Ctrl-C would wait for TensorFlow otherwise."""
+    assert in_thread(max, 3, 4) == 4
+    with pytest.raises(ZeroDivisionError):
+        in_thread(divmod, 1, 0)
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        in_thread(retry.pause, 100)
+    assert time.monotonic() - begin < 3

@@ -66,6 +66,14 @@ def test_folders_may_have_any_name(four, tmp_path, name):
         assert [os.path.basename(file) for file in files] == names_in(trajectories)
 
 
+def test_patterns_may_span_folders(four, tmp_path):
+    for name in ("a1", "a2", "b"):
+        shutil.copytree(four, tmp_path / name)
+    files = droid.open_source(data_recipe(f"{tmp_path}/a[12]/*-0000[13]-of-*")).files
+    short = [file.removeprefix(str(tmp_path)).replace("r2d2_faceblur", "") for file in files]
+    assert short == [f"/a{i}/-train.tfrecord-0000{k}-of-00004" for i in (1, 2) for k in (1, 3)]
+
+
 def loop(folder):
     folder.symlink_to(folder)
 
@@ -210,6 +218,7 @@ def good(name):
     (0.05, [0] * 3 + [1] * 20, 23, 20),         # not before 20 were seen
     (0.05, [0, 0, 0, 0, 1] * 20, 100, 20),
     (0.05, [0] * 24 + [1], 25, None),
+    (0.05, [0] * 18 + [1, 1] + [0] * 40, 60, None),         # a tenth of 20, by chance
     (0.05, ([0] * 19 + [1]) * 5, 100, None),    # exactly the share
     (0.05, [0, 1] * 4, 8, None),                # few episodes: up to half
     (0.05, [0, 1, 1] * 3, 9, 9),

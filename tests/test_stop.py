@@ -63,7 +63,11 @@ def start(tmp_path, code, before=None, rank="0", **options):
 
 def finish(process):
     """(exit code, stdout, stderr)."""
-    out, err = process.communicate(timeout=20)
+    try:
+        out, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert "Traceback" not in err
     return process.returncode, out, err
 

@@ -38,11 +38,13 @@ def fault_after_kill(out, text):
 
 
 def fault_at_end(out, wanted, wanted_metrics, saves):
-    """What differs from the undisturbed run. saves: whether something was saved after the last kill
-    and cleared away its rest, a step_N.tmp."""
+    """What differs from the undisturbed run. saves: whether something was saved after the last
+    kill; if not, rotation may still have a whole step to remove, or the rest of one, step_N.tmp."""
     found = common.contents(out)
+    spare = {f"step_{step}" for step in common.whole_steps(out)}
     for name in found.keys() | wanted.keys():
-        if not saves and name.partition("/")[0].endswith(".tmp"):
+        top = name.partition("/")[0]
+        if not saves and (top.endswith(".tmp") or name not in wanted and top in spare):
             continue
         if name != "metrics.jsonl" and found.get(name) != wanted.get(name):
             how = ("is left over" if name not in wanted else "is missing" if name not in found

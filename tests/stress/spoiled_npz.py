@@ -3,6 +3,7 @@
 EPISODES is {name: (write(folder), what is said)}: words of the one line with which it is left out,
 RIGHT if its clips are read, None if neither is sure."""
 import io
+import math
 import os
 import struct
 import zipfile
@@ -43,7 +44,7 @@ def npy(shape, descr="|u1", data=None, version=1, fortran=False, header=None):
     length = struct.pack("<H" if version == 1 else "<I", len(text))
     head = b"\x93NUMPY" + bytes([version, 0]) + length + text
     if data is None:
-        data = bytes(int(np.prod(shape)) * np.dtype(descr).itemsize)
+        data = bytes(math.prod(shape) * np.dtype(descr).itemsize)
     return head + data
 
 
@@ -107,28 +108,37 @@ def zeros(name, header, n):
     return local, listed
 
 
-def bomb(*shape, descr="|u1", states=None):
-    """Observations of zeros; `states` of the same number unless given."""
+def zero_files(*files):
+    """files: (name, header, number of zeros)"""
     def write(folder):
-        n = int(np.prod([int(k) for k in shape])) * np.dtype(descr).itemsize
-        parts, lists, at = b"", b"", 0
-        for name, header, size in (
-                (b"observations.npy", npy(shape, descr, b""), n),
-                (b"states.npy", npy((states or shape[0], 7), "<f8", b""),
-                 (states or shape[0]) * 56)):
-            local, listed = zeros(name, header, size)
+        parts, lists = b"", b""
+        for name, header, n in files:
+            local, listed = zeros(name, header, n)
+            lists += listed[:42] + struct.pack("<I", len(parts)) + listed[46:]
             parts += local
-            lists += listed[:42] + struct.pack("<I", at) + listed[46:]
-            at += len(local)
-        end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 2, 2, len(lists), at, 0)
+        n = len(files)
+        end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, n, n, len(lists), len(parts), 0)
         (folder / "odd.npz").write_bytes(parts + lists + end)
     return write
 
 
-def many_members(folder):
-    with zipfile.ZipFile(folder / "odd.npz", "w") as archive:
-        for i in range(20_000):
-            archive.writestr(f"a{i}.npy", b"")
+def bomb(*shape, states=None):
+    """Observations of zeros; `states` of the same number unless given."""
+    n = states or shape[0]
+    return zero_files((b"observations.npy", npy(shape, data=b""), math.prod(shape)),
+                      (b"states.npy", npy((n, 7), "<f8", b""), n * 56))
+
+
+def many_members(n):
+    """A .zip of nothing but a list of n empty members."""
+    def write(folder):
+        number = struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 33, *[0] * 3, 8, *[0] * 6)
+        data = b"".join(b"PK\1\2" + number + b"%08d" % i for i in range(n))
+        end = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, n, n, len(data), 0)
+        end += b"PK\6\7" + struct.pack("<IQI", 0, len(data), 1)
+        end += b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, *[0xffffffff] * 2, 0)
+        (folder / "odd.npz").write_bytes(data + end)
+    return write
 
 
 def in_place_of_the_file(make):
@@ -230,7 +240,8 @@ EPISODES = {
     "fewer rows than bytes": (members(states=npy((N, 7), "<f8", bytes(900))), "but has 900"),
     "negative axes": (members(states=npy((-N, -7), "<f8", bytes(448))), "a negative axis"),
     "text of no length": (members(states=npy((10 ** 15, 7), "|S0", b"")), "states are |S0"),
-    "20,000 members": (many_members, "20,000"),
+    "30,000 members": (many_members(30_000), "has no array 'observations'"),
+    "2,000,000 members": (many_members(2_000_000), "its list of files has 108,000,000 bytes"),
     # Headers
     "no header": (members(states=b""), "damaged"),
     "half a header": (members(states=npy((N, 7), "<f8")[:40]), "damaged"),
@@ -244,9 +255,12 @@ EPISODES = {
     "a dtype of text": (members(states=npy((N, 7), "nonsense", b"")), "damaged"),
     "a dtype with a shape": (members(states=npy((N,), ("<f8", (7,)), bytes(448))), "odd.npz"),
     "a header of 5 GB": (members(states=b"\x93NUMPY\2\0\xff\xff\xff\xff{"), "damaged"),
+    "a header of 4 GB of zeros": (zero_files(
+        (b"observations.npy", b"\x93NUMPY\2\0\xf0\xff\xff\xff", 2 ** 32),
+        (b"states.npy", npy((N, 7), "<f8", b""), N * 56)), "damaged"),
     # The .zip
     "an array twice": (members(twice=["states"]), "2 files named 'states.npy'"),
-    "an encrypted array": (forged(8, 1, "<H", everywhere=True), "encrypted"),
+    "an encrypted array": (forged(8, 1, "<H", everywhere=True), "without a password"),
     "LZMA": (members(zipfile.ZIP_LZMA), "compressed by method 14"),
     "BZIP2": (members(zipfile.ZIP_BZIP2), "compressed by method 12"),
     "an unknown method": (forged(10, 99, "<H", everywhere=True), "compressed by method 99"),

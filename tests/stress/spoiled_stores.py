@@ -248,6 +248,18 @@ def encrypted(data):
     return bytes(data)
 
 
+def nameless(path):
+    """Its last file, of which only the list of files gives the name."""
+    twice(path)
+    data = bytearray(path.read_bytes())
+    at, name = data.rindex(b"PK\1\2"), b"energy.py"
+    data[at + 46:at + 46 + len(name)], data[at + 28:at + 30] = b"", b"\0\0"
+    end = data.rindex(b"PK\5\6") + 12
+    size = int.from_bytes(data[end:end + 4], "little") - len(name)
+    data[end:end + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+
+
 def also_named(name):
     return manifest(sha256=lambda sums: sums | {name: "0" * 64})
 
@@ -284,13 +296,14 @@ PACKAGES = {
     "a file less": (repacked(lambda c: c.pop("lora.py")), "no 'lora.py'"),
     "a file more": (repacked(lambda c: c.update({"numpy.py": b""})), "holds 'numpy.py'"),
     "a file outside": (repacked(lambda c: c.update({"../x.py": b""})), "holds '../x.py'"),
+    "a file without a name": (nameless, "holds ''"),
     "no manifest": (repacked(lambda c: c.pop("manifest.json")), "no manifest.json"),
     "a manifest of 100 MB": (repacked(lambda c: c.update({"manifest.json": b" " * 10 ** 8})),
                              "more than"),
     "a bomb": (repacked(lambda c: c.update({"lora.py": bytes(1_200_000_000)})), "expands to 1,2"),
     "LZMA": (repacked(lambda c: None, zipfile.ZIP_LZMA), "compressed by method 14"),
     "a file twice": (twice, "2 files named 'energy.py'"),
-    "encrypted": (changed("", encrypted), "encrypted"),
+    "encrypted": (changed("", encrypted), "without a password"),
     "a nested manifest": (repacked(lambda c: c.update({"manifest.json": DEEP})), "nested too"),
     **{name: (spoil, "checkpoints_for_colab.zip") for name, (spoil, _) in file_kinds("", "").items()
        if name != ": a folder"},
