@@ -353,7 +353,7 @@ def load(run, cfg, predictor, optimizer, scaler, loader):
     """The reverse of `save`, on all ranks. Raises ValueError if the run was of another base or LoRA
     shape."""
     folder, state = run.out / f"step_{run.start}", run.state
-    lora.load(predictor, folder)
+    lora.load(predictor, folder, any_base=run.other_base)
     try:
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():

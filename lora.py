@@ -156,16 +156,17 @@ def adapter_files(module, base=""):
 
 
 @torch.no_grad()
-def load(module, folder):
+def load(module, folder, any_base=False):
     """Reads a PEFT LoRA folder into `module`, injecting the layers that it names if it has none.
 
     Raises ValueError, before anything is changed, if the folder is incomplete, no plain LoRA, of
-    another base, not finite, or has other layers or another rank than those already there."""
+    another base (unless any_base), not finite, or has other layers or another rank than those that
+    are there already."""
     linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     present, shapes = adapted_layers(module), {}
     with open_adapter(folder) as (peft, found, tensor, base):
         ours = getattr(module, "base_fingerprint", "")
-        if base and ours and base != ours:
+        if base and ours and base != ours and not any_base:
             raise ValueError(f"{folder}: trained on another base model (fingerprint "
                              f"{printable(base)}, not {printable(ours)}); give the checkpoint "
                              "that it was trained on")

@@ -90,7 +90,8 @@ class _Finder:
     def find_spec(self, name, path=None, target=None):
         if name not in self.AROUND:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        others = (finder for finder in sys.meta_path
+                  if finder is not self and hasattr(finder, "find_spec"))
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec), None)
         if spec and spec.loader:
@@ -104,5 +105,4 @@ class _Finder:
         return spec
 
 
-if not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
-    sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _Finder())

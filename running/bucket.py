@@ -39,12 +39,12 @@ from files.reading import parse_json, read_json
 
 
 TEMPORARY, PERMANENT = 75, 2        # exit status
-ADAPTER, STATE, SUMS = "adapter_model.safetensors", "state.pt", "SHA256SUMS"
-UPLOADING = "UPLOADING"
-FILES = ("adapter_config.json", ADAPTER, STATE)       # of a step, besides SHA256SUMS
-RUN = "run.json"                    # {"id": of the run}; in the bucket also {"writer": process}
-CUT_OFF = "its upload was cut off"
 STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+ADAPTER, STATE = "adapter_model.safetensors", "state.pt"
+FILES = ("adapter_config.json", ADAPTER, STATE)     # of a step, besides these two:
+SUMS, UPLOADING = "SHA256SUMS", "UPLOADING"
+CUT_OFF = "its upload was cut off"
+RUN = "run.json"                    # {"id": of the run}; in the bucket also {"writer": process}
 LOGS = ("config.yaml", "metrics.jsonl", "spikes.jsonl")
 CHUNK = 4 << 20                     # bytes
 LARGE = 1 << 20                     # bytes: above, a file that seems unchanged is not sent again

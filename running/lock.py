@@ -35,7 +35,7 @@ class Lock:
         self.me = {"host": socket.gethostname(), "pid": os.getpid(), "group": group,
                    "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": secrets.token_hex(8),
                    **_process(os.getpid())}
-        self.released = threading.Event()
+        self.released, self.thread = threading.Event(), None
 
     def __enter__(self):
         self.acquire()
@@ -72,12 +72,15 @@ class Lock:
             time.sleep(1)
             if (_read(self.fd) or {}).get("token") != self.me["token"]:
                 self._refuse(_read(self.fd))
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
 
     def release(self):
         if self.fd is None:
             return
         self.released.set()
+        if self.thread:
+            self.thread.join()                      # before its file is closed
         with suppress(OSError):
             if (_read(self.fd) or {}).get("token") == self.me["token"]:
                 self.path.unlink()

@@ -37,10 +37,9 @@ class Mirror:
     The end of the block is a last upload, also if an error or a signal ended the training loop. A
     failure is said once, and tried again after growing waits."""
 
-    def __init__(self, cfg, out, rank=None):
+    def __init__(self, cfg, out):
         """Raises ValueError if the bucket cannot be written to, or holds another run."""
-        if rank is None:
-            rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_initialized() else 0
         self.active, self.url, self.out = bool(cfg.gcs_dir) and rank == 0, cfg.gcs_dir, out
         self.interval, self.retry_minutes = 60 * cfg.gcs_minutes, cfg.data.retry_minutes
         self.due, self.wait = time.monotonic() + self.interval, 0.0

@@ -1,4 +1,5 @@
 """TensorFlow and Triton in one process, in whichever order something imports them."""
+import builtins
 import importlib.util
 import os
 import subprocess
@@ -26,6 +27,26 @@ def test_tensorflow_may_be_imported_and_used_first(base, tmp_path):
     import_orders.ORDERS["both"] = f"{in_use}; {import_orders.WRITER}"
     result = import_orders.run("both", tmp_path, base)
     assert result.returncode == 0 and result.stdout.endswith("end\n"), result.stderr[-2000:]
+
+
+def test_imports_are_watched_whatever_else_watches_them():
+    assert any(isinstance(finder, files.imports._Finder) for finder in sys.meta_path)
+    code = ("import sys\n"
+            "class _Finder:\n"                          # as virtualenv calls its own
+            "    def find_spec(self, *_): pass\n"
+            "sys.meta_path.insert(0, _Finder())\n"
+            "import files.imports, importlib.util\n"
+            "spec = importlib.util.find_spec('triton._C.libtriton')\n"
+            "assert spec is None or 'create_module' in vars(spec.loader)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_comes_first(monkeypatch):
+    imported, real = [], builtins.__import__
+    monkeypatch.setattr(builtins, "__import__",
+                        lambda name, *args: imported.append(name) or real(name, *args))
+    with files.imports._around_tensorflow():
+        assert "triton" in imported
 
 
 def test_where_it_could_crash_it_is_refused(monkeypatch):

@@ -33,10 +33,11 @@ class Clock:
 
 class FakeWorker:
     """A Worker whose commands take a time and end as planned: (seconds, status, reason)."""
-    plan, begun = [], []
+    plan, begun, made = [], [], []
 
     def __init__(self, url):
         self.lines, self.alive = [], True
+        self.made.append(url)
 
     def begin(self, command, *_):
         assert self.alive
@@ -63,6 +64,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mirror, "time", Clock())
     monkeypatch.setattr(FakeWorker, "begun", [])
+    monkeypatch.setattr(FakeWorker, "made", [])
 
     def start(*plan, claim=(OK,), **settings):
         monkeypatch.setattr(FakeWorker, "plan", [*claim, *plan])
@@ -103,10 +105,15 @@ def test_an_outage_is_said_once_and_so_is_its_end(fake, capsys):
         "uploads to gs://bucket/run work again"]
     waits = [round(b - a) for a, b in zip(uploads(), uploads()[1:])]
     assert waits[:6] == [10, 20, 40, 80, 9, 9]
+    # Each failure is that of a process; the next one logs in anew.
+    assert len(FakeWorker.made) == 5
 
 
-def test_other_ranks_and_runs_without_a_bucket_do_nothing(fake):
-    for run in (fake(claim=[], url=""), mirror.Mirror(cfg(), "run", rank=1)):
+def test_other_ranks_and_runs_without_a_bucket_do_nothing(fake, monkeypatch):
+    without = fake(claim=[], url="")
+    monkeypatch.setattr(mirror.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(mirror.dist, "get_rank", lambda: 1)
+    for run in (without, fake(claim=[])):
         train(run, 10)
         run.finish()
     assert not FakeWorker.begun
@@ -183,6 +190,16 @@ def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(fake, capsys):
 
 
 # In earnest
+
+def test_a_process_that_cannot_be_started_stops_no_run(monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(mirror.tempfile, "TemporaryFile", full)
+    worker = mirror.Worker("gs://bucket/x")
+    worker.begin("upload", "x")
+    assert worker.ended() and worker.status == TEMPORARY and "No space left" in worker.reason
+    worker.kill()
+
 
 def test_a_worker_ends_with_its_run(tmp_path):
     """Killed, so that it can do nothing about it."""

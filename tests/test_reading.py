@@ -80,6 +80,13 @@ def test_an_npz_may_expand_to_a_gibibyte_or_to_so_many_times_its_size(tmp_path, 
                 reading.read_npz(tmp_path / "a.npz")
 
 
+def test_marks_of_a_zip_among_its_values_are_values(tmp_path):
+    """The length of the list of files is read from the last record alone."""
+    values = np.frombuffer((b"PK\5\6" + b"\xf0" * 18 + b"PK\6\6" + b"\xf0" * 52) * 100, np.uint8)
+    np.savez(tmp_path / "a.npz", a=values)
+    assert np.array_equal(reading.read_npz(tmp_path / "a.npz")["a"], values)
+
+
 @pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("n", [1, 3, 7, 100])
 def test_an_array_in_blocks_is_the_whole_array(tmp_path, order, n):

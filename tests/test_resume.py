@@ -266,6 +266,8 @@ def test_a_base_may_move_but_not_change(base, run, tmp_path):
     resume(run, "--max_steps=3", f"--model.checkpoint={tmp_path}/moved.pt")
     with pytest.raises(ValueError, match="trained on another base model"):
         resume(run, "--max_steps=4", "--model.checkpoint=random")
+    resume(run, "--max_steps=4", "--model.checkpoint=random", "--resume=changed")
+    assert checkpoint.saved_steps(run) == [2, 3, 4]
 
 
 def test_episodes_elsewhere_are_other_data(base, run, tmp_path):

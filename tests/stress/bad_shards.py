@@ -111,7 +111,7 @@ def damage(folder, random):
         elif how == len(CONTENTS) + 1:
             file.rename(f"{file}_.gstmp")
             done.append("renamed")
-        else:
+        elif not file.name.endswith("00009"):
             shutil.copy(file, f"{str(file)[:-5]}00009")
             done.append("of other number")
     return ", ".join(done)
