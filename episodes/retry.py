@@ -32,7 +32,7 @@ class ConnectionLost(OSError):
 def waiting_for_data():
     """What this process waits for since a connection was lost, such as "gs://… does not answer
     (…), for 45 s", or "". Other threads and ranks see by it that it does not hang."""
-    begin, text = min(_waiting.values(), default=(None, ""))
+    begin, text = min(list(_waiting.values()), default=(None, ""))
     return f"{text}, for {clock() - begin:.0f} s" if text else ""
 
 

@@ -80,7 +80,7 @@ class Tally:
 
     def counts(self):
         """Counter of this split's episodes by what became of them."""
-        counts = Counter(self.status.values())
+        counts = Counter(list(self.status.values()))        # a thread adds to it
         del counts[OTHER]
         if self.n_bad_here:
             counts["damaged"] = self.n_bad_here
@@ -94,7 +94,7 @@ class Tally:
     def no_clips_error(self, span, rank):
         """The error to raise after a pass over the data without a single clip of `span` recorded
         frames, with the cure that belongs to the most common reason."""
-        counts, n_others = self.counts(), Counter(self.status.values())[OTHER]
+        counts, n_others = self.counts(), list(self.status.values()).count(OTHER)
         reason = max(counts, key=counts.get, default="")
         where = f"on rank {rank} " if rank else ""
         raise_it = "raise" if self.split == "val" else "lower"

@@ -13,8 +13,10 @@ import gcs_emulator
 import pytest
 from test_bucket import contents, write_run
 
+import train
 from running import mirror
 from running.bucket import PERMANENT, TEMPORARY
+from small import recipe
 
 
 OK, DOWN = (0, 0, ""), (0, TEMPORARY, "HTTP 503")
@@ -77,7 +79,7 @@ def cfg(url="gs://bucket/run", gcs_minutes=0):
                            data=SimpleNamespace(retry_minutes=2))
 
 
-def train(run, seconds, a_step=0.5):
+def run_for(run, seconds, a_step=0.5):
     for _ in range(round(seconds / a_step)):
         mirror.time.now += a_step
         before = mirror.time.now
@@ -93,13 +95,13 @@ def uploads():
 
 def test_uploads_are_made_every_gcs_minutes_and_not_waited_for(fake):
     run = fake((40, 0, ""), (200, 0, ""), OK, gcs_minutes=2)
-    train(run, 500)
+    run_for(run, 500)
     assert uploads() == [120, 240, 440]               # as soon as the second one has ended
 
 
 def test_an_outage_is_said_once_and_so_is_its_end(fake, capsys):
     run = fake(*[DOWN] * 4, *[(9, 0, "")] * 1000)
-    train(run, 300)
+    run_for(run, 300)
     assert capsys.readouterr().err.splitlines() == [
         "not uploaded to gs://bucket/run: HTTP 503; will try again",
         "uploads to gs://bucket/run work again"]
@@ -114,7 +116,7 @@ def test_other_ranks_and_runs_without_a_bucket_do_nothing(fake, monkeypatch):
     monkeypatch.setattr(mirror.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mirror.dist, "get_rank", lambda: 1)
     for run in (without, fake(claim=[])):
-        train(run, 10)
+        run_for(run, 10)
         run.finish()
     assert not FakeWorker.begun
 
@@ -141,13 +143,13 @@ def test_the_last_upload_is_waited_for_as_long_as_makes_sense(
     assert said in (lines[-1] if "run is in" in said else err.splitlines()[-1]) and len(lines) < 4
     assert mirror.time.now == seconds and not (run.worker or run.uploading)
     run.finish()                                        # does nothing
-    train(run, 10)
+    run_for(run, 10)
     assert len(uploads()) == len(plan) - len(FakeWorker.plan)
 
 
 def test_what_was_saved_during_an_upload_is_uploaded_at_the_end(fake):
     run = fake((30, 0, ""), OK)
-    train(run, 1)
+    run_for(run, 1)
     run.finish()
     assert len(uploads()) == 2 and mirror.time.now == 30.5
 
@@ -160,7 +162,7 @@ def test_the_end_of_the_run_decides_how_long_it_waits(
         fake, monkeypatch, error, leaves_by_signal, planned, seconds):
     monkeypatch.setattr(mirror.stop, "exit_code", lambda: 143 * leaves_by_signal)
     with suppress(BaseException), fake(*[planned] if planned else [], gcs_minutes=30) as run:
-        train(run, 10)
+        run_for(run, 10)
         if error:
             raise error
     assert mirror.time.now == 10 + seconds and len(uploads()) == (planned is not None)
@@ -187,6 +189,21 @@ def test_a_bucket_that_cannot_be_used_is_refused_at_the_start(fake, capsys):
     assert Path("run/run.json").read_text() == identity and len(json.loads(identity)["id"]) == 32
     assert capsys.readouterr().err.splitlines() == [
         "gs://bucket/run: HTTP 503; trying again for 2 minutes"] * 2
+
+
+def test_a_training_run_is_mirrored(fake, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    settings = recipe(base, tmp_path / "run", "--gcs_dir=gs://bucket/run", "--gcs_minutes=0",
+                      "--max_steps=2", "--val_every=0")
+    monkeypatch.setattr(FakeWorker, "plan", [OK] * 9)
+    train.train(settings)
+    assert [command for command, _ in FakeWorker.begun] == ["claim"] + 3 * ["upload"]
+    assert f"{tmp_path}/run is in gs://bucket/run" in capsys.readouterr().out
+    monkeypatch.setattr(FakeWorker, "plan", [(0, PERMANENT, "no permission")])
+    settings.out_dir = f"{tmp_path}/other"
+    monkeypatch.setattr(train.model, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="no permission"):      # before the base is loaded
+        train.train(settings)
 
 
 # In earnest

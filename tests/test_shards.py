@@ -12,7 +12,7 @@ import tabletop
 from episodes import shards
 from episodes.source import DamagedEpisode, Episode
 from episodes.tally import Tally
-from small import all_clips, data_recipe, episode, flip, take, which, write_trajectories
+from small import all_clips, data_recipe, episode, flip, take, which
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,17 @@ def read(folder, *args):
 @pytest.mark.parametrize("name", ["[a]", "a]b", "[", "*", "a*b", "?", "{x}", "{a,b}", "~", "a b",
                                   "[!a]", "**", "ünï 日本", "a\\b", "x.npz", "gs:", "--x=1"])
 def test_folders_may_have_any_name(four, tmp_path, name):
-    folder = shutil.copytree(four, tmp_path / name)
-    (tmp_path / "npz" / name).mkdir(parents=True)
-    trajectories = write_trajectories(tmp_path / "npz" / name)
-    for path in (folder, f"{folder}/", f"{folder}/*-train.tfrecord-*"):
-        cfg = data_recipe("x")
-        cfg.data.path = str(path)           # not by YAML, which gives some of them a meaning
-        files = droid.open_source(cfg).files
-        assert [os.path.basename(file) for file in files] == names_in(folder)
-    for path in (trajectories, f"{trajectories}/", f"{trajectories}/*.npz"):
-        cfg.data.path = str(path)
-        files = droid.open_source(cfg).files
-        assert [os.path.basename(file) for file in files] == names_in(trajectories)
+    records, trajectories = tmp_path / "rlds" / name, tmp_path / "npz" / name
+    shutil.copytree(four, records)
+    trajectories.mkdir(parents=True)
+    for name in ("a.npz", "b.npz"):
+        (trajectories / name).touch()
+    cfg = data_recipe("x")
+    for folder, pattern in ((records, "*-train.tfrecord-*"), (trajectories, "*.npz")):
+        for path in (folder, f"{folder}/", f"{folder}/{pattern}"):
+            cfg.data.path = str(path)       # not by YAML, which gives some of them a meaning
+            files = droid.open_source(cfg).files
+            assert [os.path.basename(file) for file in files] == names_in(folder)
 
 
 def test_patterns_may_span_folders(four, tmp_path):
@@ -169,14 +168,19 @@ def record_at(path, k):
     return at
 
 
-@pytest.fixture
-def long(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
     """Two shards of 12 episodes each."""
     pytest.importorskip("tensorflow")
-    one = episode("c", shape=(8, 8))
+    folder, one = tmp_path_factory.mktemp("two"), episode("c", shape=(8, 8))
     episodes = [one | {"file_path": f"/x/success/{i}"} for i in range(24)]
-    tabletop.write_rlds(tmp_path / "long", episodes, n_shards=2)
-    return tmp_path / "long"
+    tabletop.write_rlds(folder, episodes, n_shards=2)
+    return folder
+
+
+@pytest.fixture
+def long(two, tmp_path):
+    return shutil.copytree(two, tmp_path / "long")
 
 
 @pytest.mark.parametrize("how, info, lost, says", [
