@@ -361,7 +361,7 @@ def _write_index(path, episodes, sha256):
     """Writes NNNNN.npz (see episodes.stored.read_index). Returns the number of rows.
 
     episodes: [(Episode or DamagedEpisode, its rows in the .bin)]"""
-    whole, damaged, rows = [], [], []
+    whole, damaged, lost, rows = [], [], [], []
     for episode, n_rows in episodes:
         if isinstance(episode, Episode):
             whole.append(episode)
@@ -369,6 +369,7 @@ def _write_index(path, episodes, sha256):
         else:
             tqdm.write(f"left out: {episode}", file=sys.stderr)
             damaged.append((episode.location, episode.reason, episode.name))
+            lost.append(episode.lost)
     poses, velocities = np.zeros((0, 7)), np.zeros((0, 7))
     if whole:
         poses = np.concatenate([episode.poses for episode in whole])
@@ -384,7 +385,8 @@ def _write_index(path, episodes, sha256):
         names=np.array([episode.name for episode in whole]),
         success=np.array([episode.success for episode in whole]),
         lengths=np.array([len(episode.poses) for episode in whole]),
-        damaged=np.array(damaged), rows=np.array(rows, np.int64), sha256=sha256)
+        damaged=np.array(damaged), lost=np.array(lost, np.int64),
+        rows=np.array(rows, np.int64), sha256=sha256)
     return sum(rows)
 
 

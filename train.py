@@ -239,9 +239,9 @@ def build_optimizer(cfg, trainable, device):
         return torch.optim.AdamW(trainable, fused=device.type == "cuda", **settings)
     try:
         import bitsandbytes
-    except ImportError:
-        raise ValueError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, "
-                         "or use --optimizer=adamw (38 MB more)") from None
+    except ImportError as error:
+        raise ValueError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or use "
+                         f"--optimizer=adamw, 38 MB more ({error})") from None
     return bitsandbytes.optim.AdamW8bit(trainable, **settings)
 
 

@@ -99,12 +99,16 @@ def read_index(folder, i, frame_step):
 
     places, names, success, rows (of latents), lengths (recorded steps): one each for each episode;
     poses [steps of all episodes, 7] and joint_velocity [same, J or 0]; damaged: location, reason
-    and name of the episodes that could not be read; sha256 of NNNNN.bin."""
+    and name of the episodes that could not be read; lost: how many each of them stands for;
+    sha256 of NNNNN.bin."""
     names = (*PER_EPISODE, *OTHERS)
     try:
-        index = read_npz(Path(folder) / f"{i:05d}.npz", names)
-    except (OSError, ValueError):
+        index = read_npz(Path(folder) / f"{i:05d}.npz", (*names, "lost"))
+        # Stores of earlier versions do not have it.
+        index.setdefault("lost", np.ones(index["damaged"].size // 3, np.int64))
+    except (KeyError, OSError, ValueError):
         return None
+    names += ("lost",)
     return index if len(index) == len(names) and _is_whole(index, frame_step) else None
 
 
@@ -118,6 +122,7 @@ def _is_whole(index, frame_step):
     poses, velocity, damaged = (index[key] for key in ("poses", "joint_velocity", "damaged"))
     if (poses.ndim != 2 or velocity.ndim != 2 or poses.dtype.kind not in "iuf"
             or velocity.dtype.kind not in "iuf" or damaged.size % 3
+            or index["lost"].shape != (damaged.size // 3,) or index["lost"].dtype.kind not in "iu"
             or (damaged.size and damaged.dtype.kind != "U") or index["sha256"].ndim):
         return False
     # Python's own numbers, since those of NumPy overflow
@@ -192,8 +197,9 @@ class StoredLatents:
         if index is None or _size(path) != sum(index["rows"].tolist()) * row_bytes:
             raise ValueError(f"{path}: cut short or damaged; run latents.py again: it makes what "
                              "is damaged anew")
-        for location, reason, name in index["damaged"].reshape(-1, 3).tolist():
-            yield DamagedEpisode(location, reason, name)
+        damaged = index["damaged"].reshape(-1, 3).tolist()
+        for (location, reason, name), lost in zip(damaged, index["lost"].tolist()):
+            yield DamagedEpisode(location, reason, name, max(lost, 1))
 
         # What is stored for all episodes end to end, episode by episode.
         h = self._map(path)                                             # [rows, N, D]

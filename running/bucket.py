@@ -66,6 +66,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.patience, self.slowest, self.stdin = patience, SLOWEST, stdin
         self.size, self.end, self.commands = 0, math.inf, queue.Queue()
+        self.hurried = False
         self.start()
 
     def expect(self, size=0):
@@ -92,6 +93,7 @@ class Watch(threading.Thread):
                     if line != b"hurry":
                         self.commands.put(line)
                         continue
+                    self.hurried = True
                     self.patience, self.slowest = min(self.patience, HURRY), SLOWEST_HURRY
                     self.end = min(self.end, self._limit(self.size))
             if time.monotonic() > self.end:
@@ -254,7 +256,7 @@ def _check_still_ours(bucket, folder, writer):
 
 def upload(bucket, folder, writer=""):
     """Sends what the bucket lacks of a run folder, and removes nothing there: logs, so that they
-    reach at least as far as the steps; steps, ascending; the rest.
+    reach at least as far as the steps; steps, ascending (in a hurry the newest first); the rest.
 
     writer: as given to `claim`. What cannot be read, or is damaged, is said and left out."""
     folder = Path(folder)
@@ -265,8 +267,11 @@ def upload(bucket, folder, writer=""):
     for name in LOGS:
         if (folder / name).is_file():
             _try(_send, bucket, folder / name, name)
-    there = bucket.steps()
-    for step, path in _local_steps(folder).items():
+    there, left = bucket.steps(), _local_steps(folder)
+    while left:
+        # In order, but for a run that may not have the time for all.
+        step = max(left) if bucket.watch.hurried else min(left)
+        path = left.pop(step)
         _try(partial(_send_step, there.get(step, ())), bucket, path, path.name)
     for path in _other_files(folder):
         _try(_send_if_changed, bucket, path, path.relative_to(folder).as_posix())

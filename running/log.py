@@ -29,23 +29,25 @@ class Logger:
         if not self.main:
             return
         out.mkdir(parents=True, exist_ok=True)
-        self._keep_metrics(start)
+        self._keep_lines(self.path, start)
+        if (out / "spikes.jsonl").exists():
+            self._keep_lines(out / "spikes.jsonl", start)
         # A log that cannot be written is no reason to lose the run.
         try:
             self._open_trackers(cfg, out, start)
         except Exception as error:
             self.print(f"logs go to {self.path} only: {' '.join(str(error).split())[:200]}")
 
-    def _keep_metrics(self, start):
-        """Leaves the lines up to step `start` in metrics.jsonl: later ones are about to be run
-        again. A torn or odd line is dropped and counted."""
-        if self.path.is_symlink() or self.path.exists() and not self.path.is_file():
-            aside = free_name(self.path, "before")
-            self.path.rename(aside)
-            self.print(f"{self.path}: was no file; kept as {aside.name}")
+    def _keep_lines(self, path, start):
+        """Leaves the lines up to step `start` in a log: later ones are about to be run again. A
+        torn or odd line is dropped and counted."""
+        if path.is_symlink() or path.exists() and not path.is_file():
+            aside = free_name(path, "before")
+            path.rename(aside)
+            self.print(f"{path}: was no file; kept as {aside.name}")
         kept, odd = {}, 0
-        if start and self.path.exists():
-            with open(self.path, "rb") as file:
+        if start and path.exists():
+            with open(path, "rb") as file:
                 # A file without line ends is not to fill the memory.
                 for line in iter(lambda: file.readline(1 << 20), b""):
                     step = _step_of(line)
@@ -53,9 +55,9 @@ class Logger:
                     if step is not None and step <= start:
                         # Once each, the last one if there are several.
                         kept[step, b'"val_loss"' in line] = line.rstrip(b"\r\n") + b"\n"
-        write_file(self.path, b"".join(kept[key] for key in sorted(kept)))
+        write_file(path, b"".join(kept[key] for key in sorted(kept)))
         if odd:
-            self.print(f"{self.path}: {odd} damaged lines dropped")
+            self.print(f"{path}: {odd} damaged lines dropped")
 
     def _open_trackers(self, cfg, out, start):
         if cfg.tensorboard:

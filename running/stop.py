@@ -157,7 +157,9 @@ def _steady(stream, number):
         _send_nowhere(number)
         return open(number, "w", closefd=False)
     stream.flush()
-    return _SteadyStream(stream.buffer, stream.encoding, stream.errors, line_buffering=True)
+    # A terminal of ASCII is no reason to lose a table over its Δ.
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+    return _SteadyStream(stream.buffer, stream.encoding, errors, line_buffering=True)
 
 
 def _send_nowhere(number):

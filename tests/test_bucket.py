@@ -1,6 +1,7 @@
 """What running/bucket.py does on gs://, here on a local folder, which TensorFlow treats alike."""
 import hashlib
 import json
+import re
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -147,6 +148,19 @@ def test_wherever_an_upload_is_cut_no_step_is_a_mixture(folder, tmp_path, monkey
         shutil.rmtree(tmp_path / "fresh")
     # As it was, without step_10 for a while, as it is to be.
     assert outcomes == {("step_10", 0), ("step_2", 1), ("step_10", 1)}
+
+
+def test_in_a_hurry_the_newest_step_comes_first(folder, tmp_path, monkeypatch, capsys):
+    run, write = write_run(tmp_path / "run"), type(folder).write
+
+    def hurry(self, name, *args):
+        write(self, name, *args)
+        if name == "step_2/SHA256SUMS":
+            monkeypatch.setattr(self.watch, "hurried", True)
+    monkeypatch.setattr(type(folder), "write", hurry)
+    bucket.upload(folder, run)
+    out = capsys.readouterr().out
+    assert re.findall(r"^step_(\d+)", out, re.M) == ["2", "10", "4"]
 
 
 def test_a_file_that_arrives_altered_is_not_taken_for_whole(folder, tmp_path, monkeypatch):

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import checkpoint
+import config
 import lora
 import model
 import train
 from running import numbers
+from running.log import Logger
 from running.numbers import Watch
 from small import recipe
 
@@ -182,6 +184,12 @@ def test_a_spike_is_told_with_the_clips_of_its_micro_batch(tmp_path):
     entry = entries(tmp_path)[0]
     assert entry.keys() == {"step", "loss", "mean", "std", "clips"}
     assert entry["clips"] == ["episode b @ 0 (file)"] and entry["mean"] == pytest.approx(1, abs=0.1)
+
+
+def test_steps_that_are_run_again_leave_no_spike_twice(tmp_path):
+    (tmp_path / "spikes.jsonl").write_text('{"step": 3}\n{"step": 5}\n{"st')
+    Logger(config.Config(), tmp_path, 4, 0).close()
+    assert entries(tmp_path) == [{"step": 3}]
 
 
 def test_losses_that_stay_higher_are_soon_no_spikes_and_smooth_ones_never(tmp_path):

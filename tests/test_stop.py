@@ -283,3 +283,10 @@ def test_a_closed_terminal_stops_a_run_after_its_step(tmp_path):
     assert os.read(terminal, 100).startswith(b"ready")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129 and is_done(tmp_path)
+
+
+def test_a_terminal_of_ascii_costs_no_table():
+    done = subprocess.run(
+        [sys.executable, "-c", "from running import stop; stop.begin_script(); print('Δ = 1')"],
+        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u0394 = 1\n")

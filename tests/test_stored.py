@@ -209,6 +209,12 @@ def test_poses_and_velocities_of_several_lengths_are_stored(tmp_path):
     assert not len(frames)
 
 
+def test_a_break_behind_which_several_are_lost_counts_as_several(tmp_path):
+    latents._write_index(tmp_path / "00000.npz", [(DamagedEpisode("a", "cut", lost=7), 0)], "")
+    assert read_index(tmp_path, 0, frame_step=1)["lost"].tolist() == [7]
+    assert read_index(OLD, 1, frame_step=1)["lost"].tolist() == [1]
+
+
 def test_latents_stored_by_an_earlier_version_are_read(base, tmp_path):
     """Three .npz files of 4 frames in bf16, the second cut short: made by the first version."""
     cfg = recipe(base, tmp_path, f"--data.latents={OLD}", "--data.val_fraction=0",
