@@ -6,18 +6,20 @@ Parsing is strict: an unknown key, a wrong type or a contradiction raises ValueE
 that names the key and the cure. `""` and `0` mean off. config.yaml says what each key means, and
 its unit; running/command_line.py is what the scripts put in front.
 """
+import copy
 import difflib
 import json
+import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 import yaml
 
 from files import write_file
 from files.reading import shown
-from files.text import TYPES, expand_home, parse_yaml, read_yaml
+from files.text import TYPES, expand_home, parse_yaml, read_yaml, to_list
 
 
 @dataclass
@@ -45,20 +47,35 @@ class KeysConfig:
 
 
 @dataclass
+class GripperConfig:
+    scale: float = 1.0
+    invert: bool = False
+
+
+@dataclass
 class DataConfig:
-    path: str = "gs://gresearch/robotics/droid_100/1.0.0"
-    camera: str = "wrist_image_left"
+    path: str | tuple = "gs://gresearch/robotics/droid_100/1.0.0"
+    weights: tuple[float, ...] = ()
+    camera: str | tuple = "wrist_image_left"
     crop: str = "center"
     frame_step: int = 4
+    step_seconds: float = 0.0
+    fps: float = 0.0
     clip_frames: int = 16
     clip_stride: int = 8
     only_success: bool = True
     drop_idle: bool = False
     val_fraction: float = 0.1
+    val_episodes: tuple[str, ...] = ()
     shuffle_buffer: int = 512
     max_bad_share: float = 0.05
     retry_minutes: float = 10.0
-    latents: str = ""
+    latents: str | tuple = ""
+    rotation: str = "euler_xyz"
+    position_scale: float = 1.0
+    pose_slice: str = ""
+    check: bool = True
+    gripper: GripperConfig = field(default_factory=GripperConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
 
 
@@ -132,6 +149,8 @@ CHOICES = {
     "optimizer": ("adamw8bit", "adamw"),
     "precision": ("bf16", "fp16", "fp32"),
     "data.crop": ("center", "droid", "none"),
+    "data.rotation": ("euler_xyz", "degrees", "quat_xyzw", "quat_wxyz", "rotvec", "rot6d",
+                      "rot6d_rows"),
     "energy.others": ("zero", "truth"),
     "energy.planes": ("xy", "xz", "yz", "xyz"),
     "energy.planners": ("cem", "gradient"),
@@ -144,6 +163,7 @@ AT_LEAST = {
     "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
     "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.max_bad_share": 0,
+    "data.step_seconds": 0, "data.fps": 0, "data.position_scale": 1e-9,
     "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
     "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
@@ -152,6 +172,10 @@ AT_LEAST = {
 AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
            "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
 PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents")
+# One or several of them. A data set in data.path can have values of its own: see `data_sets`.
+LISTS = ("data.path", "data.camera", "data.latents")
+OF_A_DATA_SET = ("path", "camera", "crop", "frame_step", "step_seconds", "fps", "only_success",
+                 "drop_idle", "rotation", "position_scale", "pose_slice", "gripper", "keys")
 # Keys of older versions: (today's, default of then)
 REPLACED = {"data.max_bad_episodes": ("data.max_bad_share", "10")}
 COMMAND_LINE = "command line"                                   # in `given` and in errors
@@ -247,6 +271,13 @@ def _typed(default, new, where, name):
         return {key: _typed(0, value, where, f"{name}.{key}") for key, value in new.items()}
     if name == "resume" and new == "changed" or new is True and isinstance(default, bool):
         return new
+    if name in LISTS and (isinstance(new, list) or re.fullmatch(r"\[.*[,{].*\]", str(new), re.S)
+                          and not os.path.lexists(new)):
+        items = [_typed_data_set(item, where) if name == "data.path" and (
+                     isinstance(item, dict) or str(item).endswith((".yaml", ".yml")))
+                 else _typed(default, item, where, name) for item in to_list(new)]
+        # One of a list is the same as it alone, except for a data set with values of its own.
+        return items[0] if len(items) == 1 and isinstance(items[0], str) else tuple(items)
     convert, expected = TYPES[type(default)]
     try:
         value = convert(new)
@@ -255,36 +286,80 @@ def _typed(default, new, where, name):
         raise ValueError(f"{where}: {name} expects {expected}, got {got}; write --{name}=VALUE"
                          ) from None
     if isinstance(value, list):
-        return tuple(_typed(default[0], item, where, name) for item in value)
+        item_default = default[0] if default else 0.0 if name == "data.weights" else ""
+        return tuple(_typed(item_default, item, where, name) for item in value)
     return expand_home(value) if name in PATHS else value
+
+
+def _typed_data_set(item, where):
+    """A data set in data.path with values of its own, a dict or a YAML file with a section `data`
+    -> {key: value}."""
+    if isinstance(item, str):
+        where, item = item, (read_yaml(item) or {}).get("data")
+    if not isinstance(item, dict) or not item.get("path"):
+        raise ValueError(f"{where}: a data set has a path, such as {{path: my_robot, camera: "
+                         f"front}}; got {shown(item) if item else 'no section data'}")
+    for key in item:
+        if key not in OF_A_DATA_SET:
+            raise ValueError(f"{where}: data.{key} is not of one data set, but of all; a data set "
+                             f"in data.path can have {', '.join(OF_A_DATA_SET)}")
+    data, typed = DataConfig(), {}
+    _update(data, item, where, {}, "data.")
+    for key, value in item.items():
+        new = getattr(data, key)
+        # of a section such as keys only what is given
+        typed[key] = {k: getattr(new, k) for k in value} if is_dataclass(new) else new
+    return typed
+
+
+def data_sets(data):
+    """The data sets of a DataConfig one by one: a DataConfig each, with one path, one camera and
+    one folder of latents. A list of cameras gives one data set for each camera."""
+    sets = []
+    for path in data.path if isinstance(data.path, tuple) else [data.path]:
+        one = copy.deepcopy(data)
+        _update_typed(one, path if isinstance(path, dict) else {"path": path})
+        cameras = one.camera if isinstance(one.camera, tuple) else [one.camera]
+        sets += [replace(one, camera=camera) for camera in cameras]
+    latents = data.latents if isinstance(data.latents, tuple) else [data.latents] * len(sets)
+    if data.latents and len(latents) != len(sets) or data.latents and len(set(latents)) < len(sets):
+        raise ValueError(f"data.latents names {len(set(latents))} folders for {len(sets)} data "
+                         "sets (paths and cameras); give one for each, in their order")
+    return [replace(one, latents=folder) for one, folder in zip(sets, latents)]
+
+
+def _update_typed(cfg, values):
+    for key, value in values.items():
+        if is_dataclass(getattr(cfg, key)):
+            _update_typed(getattr(cfg, key), value)
+        else:
+            setattr(cfg, key, value)
 
 
 def validate(cfg):
     """Raises ValueError for values out of range and for keys that contradict each other."""
-    values = flat(cfg)
-    for name, choices in CHOICES.items():
-        value = values[name]
-        for one in value if isinstance(value, tuple) else [value]:
-            if one not in choices:
-                raise ValueError(f"{name} is {one!r}; choose from {', '.join(choices)}")
-    for name, least in AT_LEAST.items():
-        # beyond these no number can be computed with: whole ones up to 2^53, others in float32
-        most = AT_MOST.get(name, 2 ** 53 if type(values[name]) is int else 3e38)
-        # not (a >= b) rather than a < b, so that nan is refused too
-        if not least <= values[name] <= most:
-            limit = f"at most {most}" if values[name] > most else f"at least {least}"
-            raise ValueError(f"{name} is {values[name]}; it must be {limit}")
+    sets = data_sets(cfg.data)
+    if not sets:
+        raise ValueError("data.path is empty; give --data.path=FOLDER or a pattern")
+    for one in sets:
+        _check_ranges(flat(replace(cfg, data=one)))
     if not re.fullmatch(r"|cpu|cuda(:\d\d?)?", cfg.device):
         raise ValueError(f"device is {cfg.device!r}; "
                          "write --device=cpu, --device=cuda or --device=cuda:1")
+    n_paths = len(cfg.data.path) if isinstance(cfg.data.path, tuple) else 1
+    weights = cfg.data.weights
+    if weights and (len(weights) != n_paths or min(weights) < 0 or not sum(weights)):
+        raise ValueError(f"data.weights is {list(weights)}; give a share for each of the {n_paths} "
+                         "data sets in data.path, 0 or more")
     frames = cfg.data.clip_frames
     if cfg.rollout >= frames:
         raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and "
                          f"data.clip_frames is {frames}; set --rollout={frames - 1} or less")
     for name in ("lora.targets", "energy.planes"):
-        if not values[name] or "" in values[name]:
+        value = flat(cfg)[name]
+        if not value or "" in value:
             raise ValueError(f"{name} is empty; give one at least, as config.yaml does")
-    if cfg.val_every and not cfg.data.val_fraction:
+    if cfg.val_every and not (cfg.data.val_fraction or cfg.data.val_episodes):
         raise ValueError("val_every needs validation episodes and data.val_fraction is 0; "
                          "set one of the two")
     if cfg.lr < cfg.min_lr:
@@ -299,6 +374,25 @@ def validate(cfg):
         raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
     if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):
         raise ValueError(f"gcs_dir {cfg.gcs_dir!r} must start with gs://")
+
+
+def _check_ranges(values):
+    """The same for values alone, {dotted name: value}."""
+    for name, choices in CHOICES.items():
+        value = values[name]
+        for one in value if isinstance(value, tuple) else [value]:
+            if one not in choices:
+                raise ValueError(f"{name} is {one!r}; choose from {', '.join(choices)}")
+    for name, least in AT_LEAST.items():
+        # beyond these no number can be computed with: whole ones up to 2^53, others in float32
+        most = AT_MOST.get(name, 2 ** 53 if type(values[name]) is int else 3e38)
+        # not (a >= b) rather than a < b, so that nan is refused too
+        if not least <= values[name] <= most:
+            limit = f"at most {most}" if values[name] > most else f"at least {least}"
+            raise ValueError(f"{name} is {values[name]}; it must be {limit}")
+    if not values["data.gripper.scale"]:
+        raise ValueError("data.gripper.scale is 0; give what the gripper's numbers are to be "
+                         "multiplied by to become 0..1")
 
 
 def save(cfg, path):

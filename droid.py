@@ -20,25 +20,28 @@ The order of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+import config
 import files.imports  # noqa: F401 (TensorFlow and Triton in one process)
 from episodes.clips import Clips, clip_span
+from episodes.conversion import to_poses
 from episodes.crops import crop_frames, images_at_a_time
 from episodes.npz import NpzFiles
 from episodes.poses import apply_action, pose_deltas  # noqa: F401 (droid.pose_deltas is public)
 from episodes.prefetch import in_thread
 from episodes.retry import Connection, is_remote
+from episodes.several import Mix, Several, labels
 from episodes.shards import count_episodes, list_files, train_shards
-from episodes.source import DamagedEpisode, Episode
+from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
-from episodes.tfrecords import read_records
+from episodes.tfrecords import key_fault, read_records
 from model import resolve_size
 
 
@@ -47,21 +50,41 @@ def create_dataloader(cfg, split="train", shuffle=True):
 
     shuffle: endless and shuffled; otherwise one pass in order, the last batch smaller.
     Raises ValueError (here or while iterating) with the file or key and the cure."""
-    rank, world_size = 0, 1
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Clips(open_source(cfg), cfg, split, shuffle, rank, world_size)
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if shuffle and cfg.data.weights:
+        loaders = [Clips(source, cfg, split, True, *ranks) for source in _open_sets(cfg)]
+        return Mix(loaders, cfg.data)
+    return Clips(open_source(cfg), cfg, split, shuffle, *ranks)
+
+
+def validation_loaders(cfg):
+    """{name of a data set: its validation clips, one pass in order}: losses are told for each."""
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return {source.label: Clips(source, cfg, "val", False, *ranks) for source in _open_sets(cfg)}
 
 
 def open_source(cfg):
-    """The EpisodeSource for data.latents, or else for data.path.
+    """The EpisodeSource for data.latents, or else for data.path; several are read as one.
 
     Raises ValueError if there are no files, or for data.keys that they do not have; OSError."""
-    if cfg.data.latents:
-        return StoredLatents(cfg)
-    if is_remote(cfg.data.path):
-        return in_thread(_open_files, cfg)
-    return _open_files(cfg)
+    sources = _open_sets(cfg)
+    return sources[0] if len(sources) == 1 else Several(sources)
+
+
+def _open_sets(cfg):
+    """The EpisodeSource of each data set of cfg.data, with its `label`."""
+    sets, sources = config.data_sets(cfg.data), []
+    for data, label in zip(sets, labels(sets)):
+        one = replace(cfg, data=data)
+        if data.latents:
+            source = StoredLatents(one)
+        elif is_remote(data.path):
+            source = in_thread(_open_files, one)
+        else:
+            source = _open_files(one)
+        source.label = label
+        sources.append(source)
+    return sources
 
 
 def _open_files(cfg):
@@ -71,6 +94,9 @@ def _open_files(cfg):
     if is_remote(path):
         tf = tensorflow(anonymous)
         connection = Connection(tf, path, data.retry_minutes)
+    if not tf and Path(path, "meta/info.json").exists():
+        from episodes.lerobot import LeRobotFiles
+        return LeRobotFiles(path, data, size)
     is_folder, names = list_files(path, tf, connection)
     npz = [name for name in names if name.endswith(".npz")]
     if npz and not tf and (is_folder or npz == names):
@@ -125,6 +151,8 @@ class RldsFiles:
     def __init__(self, tf, files, data, size, expected=None):
         """size: of the frames, in pixels. expected: {file: episodes it should hold}, as far as
         known. Raises ValueError for data.keys that are not there, OSError."""
+        # DROID was recorded at 15 Hz; another data set says so with data.fps.
+        data = with_rate(data, 0 if data.fps else 15.0, data.path)
         self.tf, self.files, self.data, self.size = tf, files, data, size
         self.expected, self.counts = expected or {}, {}             # counts: of what was read
         self.image_key = data.keys.image.replace("{camera}", data.camera)
@@ -147,9 +175,14 @@ class RldsFiles:
         usual = sorted(self.counts.values())[len(self.counts) // 2] if self.counts else 0
         return read_records(self.tf, file, self.data.retry_minutes, self.expected.get(file), usual)
 
+    def parts(self, file):
+        return [file]
+
+    def stat(self, file):
+        return Connection(self.tf, file, self.data.retry_minutes).call(self.tf.io.gfile.stat, file)
+
     def size_of(self, file):
-        connection = Connection(self.tf, file, self.data.retry_minutes)
-        return connection.call(self.tf.io.gfile.stat, file).length
+        return self.stat(file).length
 
     def every_frame(self, images):
         return self._decode_frames(images[::self.data.frame_step].tolist())
@@ -207,9 +240,8 @@ class RldsFiles:
                 name = values[keys.episode].decode()
             images = values[self.image_key]                             # [n] bytes
             poses = _per_step(values, keys.pose, len(images))
-            if keys.gripper:
-                gripper = _per_step(values, keys.gripper, len(images))
-                poses = np.concatenate([poses, gripper], axis=1)        # [n, 7]
+            gripper = _per_step(values, keys.gripper, len(images)) if keys.gripper else None
+            poses = to_poses(poses, gripper, self.data)                 # [n, 7]
             if self.data.drop_idle:
                 velocity = _per_step(values, keys.joint_velocity, len(images))
         except tf.errors.InvalidArgumentError:
@@ -219,7 +251,7 @@ class RldsFiles:
             return DamagedEpisode(location, str(error), name)
         # DROID names the folder of the recording, and sorts recordings into success and failure.
         success = not keys.episode or "/success/" in name
-        return Episode(location, name, poses.astype(np.float64), images, velocity, success)
+        return Episode(location, name, poses, images, velocity, success)
 
     def _check_keys(self):
         """Compares data.keys with the first records: a typo is to be an error at once, not a data
@@ -227,7 +259,7 @@ class RldsFiles:
         with the names that there are."""
         faults = {}                                 # what is wrong: [file of each such record]
         for file, record in self._first_records():
-            fault = self._key_fault(record)
+            fault = key_fault(self.tf, record, self.data, self.image_key)
             if not fault:
                 return
             faults.setdefault(fault, []).append(file)
@@ -244,46 +276,6 @@ class RldsFiles:
             for _, record in islice(self._records(file), -(-8 // len(files))):
                 if not isinstance(record, DamagedEpisode):
                     yield file, record.numpy()
-
-    def _key_fault(self, record):
-        """What is wrong with a record, with {file} for its file, or ""."""
-        # Comes with TensorFlow, which not everybody has.
-        from google.protobuf.message import DecodeError
-        try:
-            features = self.tf.train.Example.FromString(record).features.feature
-        except DecodeError:
-            features = {}
-        if not features:
-            return "{file}: its records are not tf.train.Example; is it an RLDS data set?"
-        fault = self._image_key_fault(features)
-        wanted = {"pose": "float_list", "gripper": "float_list", "episode": "bytes_list"}
-        if self.data.drop_idle:
-            wanted["joint_velocity"] = "float_list"
-        kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
-        for key, kind in wanted.items():
-            name = getattr(self.data.keys, key)
-            if not fault and name and kinds.get(name) != kind:
-                others = sorted(other for other in kinds if kinds[other] == kind)
-                fault = (f"data.keys.{key}: {{file}} has no {name} with "
-                         f"{kind.removesuffix('_list')} values; it has {', '.join(others)}")
-        return fault
-
-    def _image_key_fault(self, features):
-        """The same for the images under the camera's name."""
-        images = []
-        for name, feature in sorted(features.items()):
-            values = feature.bytes_list.value
-            if values and values[0][:2] in (b"\xff\xd8", b"\x89P"):     # JPEG, PNG
-                images.append(name)
-        if self.image_key in images:
-            return ""
-        prefix, _, suffix = self.data.keys.image.partition("{camera}")
-        cameras = [name.removeprefix(prefix).removesuffix(suffix) for name in images
-                   if name.startswith(prefix) and name.endswith(suffix)]
-        missing = f"{{file}} has no images {self.image_key}"
-        if cameras:
-            return f"data.camera: {missing}; --data.camera can be {', '.join(cameras)}"
-        return f"data.keys.image: {missing}; it has {', '.join(images) or 'none at all'}"
 
 
 def _per_step(values, key, n):

@@ -34,11 +34,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import config
 import droid
 import files
 import model
 from episodes import stored
+from episodes.identity import has_changed, identity
 from episodes.prefetch import prefetch
+from episodes.several import labels
 from episodes.source import DamagedEpisode, Episode
 from running.lock import Lock
 
@@ -60,9 +63,17 @@ def default_folder(cfg):
 
 
 def encode(cfg):
-    """Stores the latents of cfg.data.path, or those that are missing. Returns their folder.
+    """Stores the latents of cfg.data.path, or those that are missing. Returns their folder, a list
+    of them if there are several data sets or cameras.
 
     Raises ValueError, also if another process writes there, or OSError if the disk is too small."""
+    sets = config.data_sets(cfg.data)
+    if len(sets) > 1:
+        folders = [encode(replace(cfg, data=replace(data, latents=data.latents or os.path.join(
+            "latents", label)))) for data, label in zip(sets, labels(sets))]
+        tqdm.write(f"use --data.latents=[{','.join(map(str, folders))}]")
+        return folders
+    cfg = replace(cfg, data=sets[0])
     folder = default_folder(cfg)
     # The processes of one torchrun share the folder; orphans of another one are kept out too.
     group = " ".join(os.environ.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
@@ -92,12 +103,14 @@ def _encode_missing(cfg, folder):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     source = droid.open_source(cfg)
     N, D = predictor.grid ** 2, encoder.dim
-    _write_settings(folder, rank, stored.store_settings(cfg, encoder.encoder_fingerprint) | {
+    cfg = replace(cfg, data=source.data)                # with the frame_step of its rate
+    settings = stored.store_settings(cfg, encoder.encoder_fingerprint) | {
         "dtype": precision, "tokens": N, "width": D, "drop_idle": cfg.data.drop_idle,
-        "files": [Path(file).name for file in source.files]})
-    numbered = list(enumerate(source.files))[rank::world_size]
+        "fps": cfg.data.fps}
+    numbers = _write_settings(folder, rank, settings, source.files)
+    numbered = sorted(zip(numbers, source.files))[rank::world_size]
     frame_bytes = N * D * dtype.itemsize
-    todo = _unfinished(folder, numbered, frame_bytes, cfg.data.frame_step)
+    todo = _unfinished(folder, numbered, frame_bytes, source)
     sizes = [source.size_of(file) for _, file in todo]          # bytes
     n_frames = _estimate_frames(source, todo, sizes, cfg)
     need, free = n_frames * frame_bytes, shutil.disk_usage(folder).free
@@ -117,12 +130,14 @@ def _encode_missing(cfg, folder):
     batches = prefetch(_encode_files(source, todo, cfg, world, dtype, device), BATCHES_AHEAD)
     with closing(batches):
         for (i, file), size in zip(todo, sizes):
-            n_written += _write_file(folder, i, file, _one_file(batches), bar)
+            identities = [identity(path, source.stat) for path in source.parts(file)
+                          if source.stat or os.path.isfile(path)]
+            n_written += _write_file(folder, i, file, _one_file(batches), bar, identities)
             bytes_done += size
             bar.total = round(n_written * sum(sizes) / max(1, bytes_done))  # a better estimate
             bar.refresh()
     bar.close()
-    reason = stored.why_empty(folder, len(source.files), cfg.data.frame_step)
+    reason = stored.why_empty(folder, numbers, cfg.data.frame_step)
     if reason:
         raise ValueError(reason)
     size = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in numbered)
@@ -133,9 +148,10 @@ def _encode_missing(cfg, folder):
 
 # What is there and what is missing
 
-def _write_settings(folder, rank, settings):
-    """Writes store.json, or compares the settings with those that are there. Raises ValueError."""
-    path = folder / "store.json"
+def _write_settings(folder, rank, settings, data_files):
+    """Writes store.json, or compares the settings with those that are there. Returns the number
+    under which each data file is stored: one that is new gets a new one. Raises ValueError."""
+    path, names, numbers, old = folder / "store.json", _names(data_files), {}, []
     if path.exists():
         there = stored.read_store(folder)
         other = stored.differing(there, settings)
@@ -146,18 +162,37 @@ def _write_settings(folder, rank, settings):
         if other:
             raise ValueError(f"{folder}: holds latents made with another {', '.join(other)}; give "
                              f"another folder with --data.latents=FOLDER, or remove it{moved}")
-    elif rank == 0:
-        files.write_file(path, json.dumps(settings, indent=1).encode())
+        old = there["files"]
+        numbers = dict(zip(old, there["numbers"])) | there.get("gone", {})
+        gone, new = sorted({*old} - {*names}), sorted({*names} - {*old})
+        if gone and rank == 0:
+            tqdm.write(f"{folder}: {len(gone)} files are no longer in {settings['path']}, such as "
+                       f"{gone[0]}: their latents are kept, and not used")
+        if new and rank == 0:
+            tqdm.write(f"{folder}: {len(new)} files are new, such as {new[0]}")
+    for name in names:
+        numbers.setdefault(name, max([-1, *numbers.values()]) + 1)
+    here = [numbers.pop(name) for name in names]
+    store = settings | {"files": names, "numbers": here, "gone": numbers}
+    if rank == 0 and names != old:
+        files.write_file(path, json.dumps(store, indent=1).encode())
+    return here
 
 
-def _unfinished(folder, numbered, frame_bytes, frame_step):
+def _names(data_files):
+    """The names of data files in store.json: without their folder where that tells them apart."""
+    names = [Path(file).name for file in data_files]
+    return names if len(set(names)) == len(names) else list(data_files)
+
+
+def _unfinished(folder, numbered, frame_bytes, source):
     """Those of [(i, data file)] whose latents are missing or damaged. Removes what runs that were
     killed have left beside them."""
     todo = []
     for i, file in numbered:
         for ending in ("bin", "npz"):
             (folder / f"{i:05d}.{ending}.tmp").unlink(missing_ok=True)
-        fault = _fault(folder, i, frame_bytes, frame_step)
+        fault = _fault(folder, i, frame_bytes, source)
         if fault:
             todo.append((i, file))
         if fault and fault != "missing":
@@ -165,11 +200,14 @@ def _unfinished(folder, numbered, frame_bytes, frame_step):
     return todo
 
 
-def _fault(folder, i, frame_bytes, frame_step):
+def _fault(folder, i, frame_bytes, source):
     """Why the latents of file i have to be made (again), or ""."""
-    index = stored.read_index(folder, i, frame_step)
+    index = stored.read_index(folder, i, source.data.frame_step)
     if index is None:
         return "missing"
+    if any(has_changed(known, source.stat)
+           for known in stored.read_identities(folder / f"{i:05d}.npz")):
+        return "its data have changed"
     path = folder / f"{i:05d}.bin"
     if not path.is_file() or path.stat().st_size != sum(index["rows"].tolist()) * frame_bytes:
         return "cut short"
@@ -298,8 +336,10 @@ def _encode_frames(frames, world, dtype, device):
     return h, copied
 
 
-def _write_file(folder, i, file, batches, bar):
+def _write_file(folder, i, file, batches, bar, identities=()):
     """Writes NNNNN.bin and NNNNN.npz of one data file. Returns the number of rows.
+
+    identities: of that file, as from `identity.identity`.
 
     The .npz comes last, and a file without it counts as missing: whenever the run is interrupted,
     an .npz never describes another .bin. Raises ValueError for latents that are not finite."""
@@ -328,7 +368,7 @@ def _write_file(folder, i, file, batches, bar):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return _write_index(folder / f"{i:05d}.npz", episodes, digest.hexdigest())
+    return _write_index(folder / f"{i:05d}.npz", episodes, digest.hexdigest(), identities)
 
 
 @contextmanager
@@ -357,7 +397,7 @@ def _check_finite(h, first_row, file, episodes):
         "weights are damaged")
 
 
-def _write_index(path, episodes, sha256):
+def _write_index(path, episodes, sha256, identities=()):
     """Writes NNNNN.npz (see episodes.stored.read_index). Returns the number of rows.
 
     episodes: [(Episode or DamagedEpisode, its rows in the .bin)]"""
@@ -386,7 +426,7 @@ def _write_index(path, episodes, sha256):
         success=np.array([episode.success for episode in whole]),
         lengths=np.array([len(episode.poses) for episode in whole]),
         damaged=np.array(damaged), lost=np.array(lost, np.int64),
-        rows=np.array(rows, np.int64), sha256=sha256)
+        rows=np.array(rows, np.int64), sha256=sha256, source=json.dumps(list(identities)))
     return sum(rows)
 
 

@@ -25,7 +25,9 @@ PATIENCE = 10               # s that a run which is to stop waits for a batch
 
 def in_split(name, split, data):
     """Whether an episode is in "train" or "val". Its name alone decides, so that no run, machine
-    or added episode moves it."""
+    or added episode moves it: by data.val_episodes, or else by its hash."""
+    if data.val_episodes:
+        return (name in data.val_episodes) == (split == "val")
     return (zlib.crc32(name.encode()) / 2 ** 32 < data.val_fraction) == (split == "val")
 
 
@@ -120,7 +122,10 @@ class Clips:
     Reading raises ConnectionLost when a bucket does not answer for data.retry_minutes."""
 
     def __init__(self, source, cfg, split, shuffle, rank=0, world_size=1):
-        self.source, self.data, self.seed = source, cfg.data, cfg.seed
+        # The source's settings are those of cfg.data, with the frame_step that follows from its
+        # rate; of several data sets, each episode brings those of its own.
+        self.cfg, self.source, self.seed = cfg, source, cfg.seed
+        self.data = getattr(source, "data", cfg.data)
         self.split, self.shuffle, self.batch_size = split, shuffle, cfg.batch_size
         self.pin_memory = cfg.device != "cpu" and torch.cuda.is_available()
         self.rank = rank
@@ -144,7 +149,7 @@ class Clips:
 
     def load_state_dict(self, state):
         """Goes on from there: the same seed and settings give the same clips."""
-        self.state = dict(state)
+        self.state = {key: state[key] for key in ("round", "index", "count")}
 
     def __iter__(self):
         """Batches, prefetched by a thread: frames [B, 3, T, S, S] uint8 or h [B, T, N, D], states
@@ -243,7 +248,7 @@ class Clips:
         """The clips of one episode, not decoded, if it is in this split and can be used: yields
         (Episode without images, first recorded frame, gathered images, states [T, 7], actions
         [T, 7])."""
-        data, poses = self.data, episode.poses
+        data, poses = episode.data or self.data, episode.poses
         if not in_split(episode.name, self.split, data):
             return self.tally.add(episode, OTHER)
         if data.only_success and not episode.success:

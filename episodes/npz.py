@@ -1,10 +1,12 @@
 """Trajectories in .npz files, one episode a file: the way in for your own robot.
 
-A file holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` [n, 7] or [1, n, 7]
-(x y z in metres, extrinsic xyz Euler angles in radians, gripper 0 open to 1 closed; robot base
-frame), and, if it was cut from a longer one, the name of its `episode`. An image may have 8.4
-million pixels, an episode 5,461 frames of 256 × 256 pixels (every frame_step-th image, cropped):
-longer recordings are cut into several files that name the same `episode`.
+A file holds `observations` [n, H, W, 3] or [1, n, H, W, 3] uint8 RGB, `states` [n, A] or [1, n, A]
+(in the robot's base frame; 7 numbers: x y z in metres, extrinsic xyz Euler angles in radians,
+gripper 0 open to 1 closed; others with data.rotation and its neighbours), and optionally `fps`, and
+the name of its `episode`, the same one in all files of a recording: cameras, or parts. Files with
+the same states are cameras of one recording also without that name. An image may have 8.4 million
+pixels, an episode 5,461 frames of 256 × 256 pixels (every frame_step-th image, cropped): longer
+recordings are cut into several files.
 """
 import math
 import os
@@ -13,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from episodes.conversion import to_poses
 from episodes.crops import check_size, crop_frames
-from episodes.source import DamagedEpisode, Episode
+from episodes.source import DamagedEpisode, Episode, trim, with_rate
+from files import say_once
 from files.reading import file_size, is_text, open_npz, shown
 
 
@@ -25,6 +29,7 @@ MAX_SMALL = 1 << 30     # the same, if they are more than MAX_RATIO times the fi
 MAX_RATIO = 200         # simulators can be 50 times smaller, zeros 1,000 times
 MAX_KEPT = 1 << 30      # its frames as they are kept: 5,461 of 256 × 256 pixels
 MAX_FORTRAN = 512 << 20     # its images if they are in column-major order: read as a whole
+MAX_STATES = 1 << 28
 MAX_NAME = 4096
 BLOCK = 16 << 20        # bytes of images that are read at a time
 
@@ -35,7 +40,8 @@ class NpzFiles:
 
     def __init__(self, files, data, size):
         """size: of the frames, in pixels. Raises ValueError for data.drop_idle."""
-        self.files, self.data, self.size = files, data, size
+        self.files, self.size, self._names = files, size, None
+        self.data = with_rate(data, _first_fps(files), Path(files[0]).parent)
         if data.drop_idle:
             raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do "
                              "not hold; set it to false")
@@ -50,11 +56,18 @@ class NpzFiles:
         except (ValueError, OSError) as error:
             yield DamagedEpisode(location, str(error).removeprefix(f"{file}: "))
             return
-        yield Episode(location, name, poses, images)
+        yield Episode(location, name or self._name_of(file), poses, images)
+
+    def _name_of(self, file):
+        """The name of a file without `episode`: its own, or that of the first file with the same
+        states, since cameras of one recording are not to lie on both sides of the split."""
+        if self._names is None:
+            self._names = name_by_states(self.files)
+        return self._names.get(file, Path(file).name)
 
     def _read_poses(self, file):
-        """An episode's name, poses [n, 7] float64 and _LazyFrames. Checks the images as well, as
-        far as can be done without reading them. Raises ValueError or OSError."""
+        """An episode's `episode` or "", poses [n, 7] float64 and _LazyFrames. Checks the images as
+        well, as far as can be done without reading them. Raises ValueError or OSError."""
         with open_npz(file) as npz:
             missing = [key for key in ("observations", "states") if key not in npz.names]
             if missing:
@@ -68,14 +81,18 @@ class NpzFiles:
             shape = _without_batch_axis(header.shape, 2)
             if header.dtype.kind not in "iuf":
                 raise ValueError(f"states are {header.dtype}, expected real numbers")
-            if len(shape) != 2 or shape[1] != 7:
+            if len(shape) != 2 or header.nbytes > MAX_STATES:
                 raise ValueError(f"states are {shown(list(shape))}, expected [n, 7]: x y z, Euler "
                                  "angles, gripper")
-            if shape[0] != images.shape[0]:
-                raise ValueError(f"{images.shape[0]} images and {shape[0]} states, expected the "
-                                 "same number")
-            poses = npz.read("states").astype(np.float64).reshape(shape)
-            return _read_name(npz) or Path(file).name, poses, images
+            n = trim(images.shape[0], shape[0], Path(file).name)
+            _check_fps(npz, self.data)
+            states = npz.read("states").astype(np.float64).reshape(shape)[:n]
+            return _read_name(npz), to_poses(states, None, self.data), images
+
+    stat = None
+
+    def parts(self, file):
+        return [file]
 
     def size_of(self, file):
         return Path(file).stat().st_size if os.path.isfile(file) else 0
@@ -167,3 +184,62 @@ def _read_name(npz):
         return name.decode() if isinstance(name, bytes) else str(name)
     except UnicodeDecodeError:
         raise ValueError(f"episode is {shown(name)}, expected text in UTF-8") from None
+
+
+def _first_fps(files):
+    """`fps` of the first file that can be read, 0 if it has none."""
+    for file in files[:8]:
+        try:
+            with open_npz(file) as npz:
+                return _read_fps(npz)
+        except (ValueError, OSError):
+            continue
+    return 0.0
+
+
+def _read_fps(npz):
+    if "fps" not in npz.names:
+        return 0.0
+    header = npz.header("fps")
+    if header.dtype.kind not in "iuf" or math.prod(header.shape) != 1:
+        raise ValueError(f"fps is {header.dtype} {shown(list(header.shape))}, expected one number")
+    fps = float(npz.read("fps").item())
+    if not 0 < fps < 1e4:
+        raise ValueError(f"fps is {fps:g}, expected frames in a second")
+    return fps
+
+
+def _check_fps(npz, data):
+    fps = _read_fps(npz)
+    if fps and data.fps and abs(fps - data.fps) > 0.01 * data.fps:
+        raise ValueError(f"recorded at {fps:g} fps, the others at {data.fps:g}")
+
+
+def name_by_states(files):
+    """{file: name of the first file with the same states}, of those that can be read. Equal are
+    also states of which one has a step more at its end."""
+    groups, names = {}, {}
+    for file in files:
+        try:
+            with open_npz(file) as npz:
+                if "states" not in npz.names or npz.header("states").nbytes > MAX_STATES:
+                    continue
+                states = npz.read("states")
+        except (ValueError, OSError):
+            continue
+        states = states.reshape(-1, states.shape[-1] if states.ndim else 1)
+        same = groups.setdefault((states.dtype.str, states[:4].tobytes()), [])
+        for name, other in same:
+            n = min(len(states), len(other))
+            if max(len(states), len(other)) - n <= 2 and np.array_equal(states[:n], other[:n]):
+                names[file] = name
+                break
+        else:
+            same.append((Path(file).name, states))
+            names[file] = Path(file).name
+    cameras = sorted(Path(file).name for file, name in names.items() if Path(file).name != name)
+    if cameras:
+        say_once(f"{Path(files[0]).parent}: {len(cameras)} files have the states of another one, "
+                 f"such as {cameras[0]}: taken for cameras of one recording, on one side of the "
+                 "split")
+    return names

@@ -6,14 +6,11 @@ import json
 import os
 import re
 import stat
-import sys
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from functools import lru_cache
-
-from tqdm import tqdm
 
 from episodes.retry import is_remote
+from files import say_once
 
 
 SHARD = re.compile(r"(.*)-(\w+)\.tfrecord-(\d+)-of-(\d+)", re.DOTALL)
@@ -73,7 +70,7 @@ def train_shards(path, is_folder, files):
         # Such as …-of-00031_.gstmp, which an interrupted gsutil leaves behind.
         if named and len(named) < len(shards):
             odd = [os.path.basename(file) for file in shards if file not in set(named)]
-            _say_once(f"{path}: not read, since their names are not those of shards: {_few(odd)}")
+            say_once(f"{path}: not read, since their names are not those of shards: {_few(odd)}")
             shards = named
     if not shards:
         here = [os.path.basename(file) for file in files]
@@ -108,21 +105,21 @@ def count_episodes(path, is_folder, shards, read_text):
     for (prefix, split), counts in sets.items():
         name, folder = os.path.basename(prefix), os.path.dirname(prefix) or "."
         if len(counts) > 1:
-            _say_once(f"{path}: {name} is there in {_few(map(str, sorted(counts)))} shards at once:"
+            say_once(f"{path}: {name} is there in {_few(map(str, sorted(counts)))} shards at once:"
                       " its episodes may be read twice")
         lengths = _lengths(read_text(f"{folder}/dataset_info.json"), split)
         for n, numbers in sorted(counts.items()):
             known = lengths if len(lengths) == n else []
             twice = [file for same in numbers.values() for file in same[1:]]
             if twice:
-                _say_once(f"{path}: {name}: there twice: {_few(map(os.path.basename, twice))}")
+                say_once(f"{path}: {name}: there twice: {_few(map(os.path.basename, twice))}")
             missing = sorted(set(range(min(n, 10 ** 6))) - set(numbers))
             if missing:
                 lost = ""
                 if known:
                     lost = f" with {sum(known[i] for i in missing):,} of {sum(known):,} episodes"
                 what = "are missing" if is_folder else "are not in this pattern"
-                _say_once(f"{path}: {name}: {len(missing)} of {n} shards {what}"
+                say_once(f"{path}: {name}: {len(missing)} of {n} shards {what}"
                           f"{lost}: {_few(f'{i:05d}' for i in missing)}; no rank "
                           "reads their episodes")
             for i, same in numbers.items():
@@ -145,10 +142,3 @@ def _few(names, most=8):
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-@lru_cache
-def _say_once(text):
-    # Each loader lists the files, and each process of torchrun.
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=sys.stderr)

@@ -1,16 +1,17 @@
 """What a source of episodes gives: implement `EpisodeSource` to read a new format.
 
-There are three: RldsFiles in droid.py, NpzFiles in episodes/npz.py and StoredLatents in
-episodes/stored.py.
+There are RldsFiles in droid.py, and in this folder NpzFiles, LeRobotFiles, StoredLatents, and for
+several data sets at once Several.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from episodes.retry import ConnectionLost, waiting_for_data  # noqa: F401 (for who reads episodes)
+from files import say_once
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Episode:
     images: object                              # whatever the source's `gather` takes
     joint_velocity: np.ndarray | None = None    # [n, J] rad/s, for data.drop_idle
     success: bool = True
+    data: object = None                         # its data set's DataConfig, if there are several
 
 
 @dataclass
@@ -42,6 +44,7 @@ class EpisodeSource(Protocol):
 
     files: list[str]        # names of the files, always in the same order
     key: str                # name of what `decode` returns in a batch: "frames", or "h" for latents
+    data: object            # the DataConfig of its data set, with the frame_step that counts
 
     def episodes(self, file) -> Iterator[Episode | DamagedEpisode]:
         """The episodes of one of `files`, always in the same order."""
@@ -54,11 +57,49 @@ class EpisodeSource(Protocol):
         """Of that, frames [3, T, S, S] uint8 or latents [T, N, D]. Raises ValueError if an image is
         broken: the episode is then reported, and only this clip is lost."""
 
-    # Only latents.py calls the other two; StoredLatents, which it writes, does without them.
+    # Only latents.py calls the others; StoredLatents, which it writes, does without them.
 
     def size_of(self, file) -> int:
         """Size of a file in bytes, from which latents.py estimates the frames in it."""
 
+    stat: object            # tf.io.gfile.stat where files are in a bucket, or None
+
+    def parts(self, file) -> list[str]:
+        """The files on which one of `files` depends: if they change, its latents are made anew."""
+
     def every_frame(self, images) -> torch.Tensor:
         """Frames 0, frame_step, … of an Episode: [n, S, S, 3] uint8. Raises ValueError if one is
         broken."""
+
+
+def with_rate(data, fps, where):
+    """The DataConfig with the rate at which its data were recorded, and the frame_step that follows
+    from data.step_seconds.
+
+    fps: as the data themselves say, 0 if they do not. Raises ValueError if the two contradict each
+    other or frames are too rare."""
+    if data.fps and fps and abs(data.fps - fps) > 0.01 * fps:
+        raise ValueError(f"{where}: was recorded at {fps:g} fps, and data.fps is {data.fps:g}; "
+                         "leave --data.fps out")
+    fps = data.fps or fps
+    if not data.step_seconds:
+        return replace(data, fps=fps)
+    if not fps:
+        raise ValueError(f"{where}: does not say at which rate it was recorded, which "
+                         "data.step_seconds needs: set --data.fps")
+    step = max(1, round(data.step_seconds * fps))
+    if abs(step / fps - data.step_seconds) > 0.02 * data.step_seconds:
+        say_once(f"{where}: data.step_seconds {data.step_seconds:g} is {step} frames at {fps:g} "
+                 f"fps, which are {step / fps:.3g} s")
+    return replace(data, fps=fps, frame_step=step)
+
+
+def trim(n_images, n_poses, location):
+    """The number of steps of an episode with these numbers of images and poses: a difference of one
+    is trimmed, and said. Raises ValueError for a larger one."""
+    if abs(n_images - n_poses) > 1:
+        raise ValueError(f"{n_images} images and {n_poses} states, expected the same number")
+    if n_images != n_poses:
+        say_once(f"{location}: {n_images} images and {n_poses} states: the last "
+                 f"{'image' if n_images > n_poses else 'state'} is left out")
+    return min(n_images, n_poses)

@@ -1,14 +1,18 @@
 """Stored latents, as latents.py writes them: read without the encoder, the images or TensorFlow."""
+import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import config
 import model
-from episodes.source import DamagedEpisode, Episode
+from config import DataConfig
+from episodes.identity import has_changed
+from episodes.source import DamagedEpisode, Episode, with_rate
+from files import say_once
 from files.reading import check_fields, file_size, read_json, read_npz
 
 
@@ -16,7 +20,8 @@ from files.reading import check_fields, file_size, read_json, read_npz
 FIELDS = {"encoder": str, "camera": str, "crop": str, "frame_step": int, "only_success": bool,
           "image_size": int, "dtype": str, "tokens": int, "width": int, "drop_idle": bool,
           "files": [str]}
-LATER_FIELDS = {"path": str, "keys": {str: str}}
+LATER_FIELDS = {"path": str, "keys": {str: str}, "fps": float, "conversion": {str: str},
+                "numbers": [int], "gone": {str: int}}
 LIMIT = 32 << 20        # bytes of store.json: the names of a million data files
 
 # NNNNN.npz: one value for each episode, and the kinds of NumPy's dtypes that it may have
@@ -34,29 +39,42 @@ def store_settings(cfg, encoder_fingerprint):
 
 def _data_settings(data):
     return {"camera": data.camera, "crop": data.crop, "frame_step": data.frame_step,
-            "only_success": data.only_success, "path": data.path, "keys": asdict(data.keys)}
+            "only_success": data.only_success, "path": data.path, "keys": asdict(data.keys),
+            "conversion": _conversion(data)}
+
+
+def _conversion(data):
+    """How poses were made from what was recorded, as text."""
+    return {"rotation": data.rotation, "position_scale": f"{data.position_scale:g}",
+            "pose_slice": data.pose_slice, "gripper.scale": f"{data.gripper.scale:g}",
+            "gripper.invert": str(data.gripper.invert).lower()}
 
 
 def differing(store, wanted):
     """Names of the settings that a store was made with other values of. Those that stores of
     earlier versions do not hold are not compared."""
-    other = [key for key in wanted if key in store and key not in ("path", "keys")
-             and store[key] != wanted[key]]
+    other = [key for key in wanted if key in store and store[key] != wanted[key]
+             and key not in ("path", "keys", "conversion", "files", "fps")]
     if "path" in store and os.path.abspath(store["path"]) != os.path.abspath(wanted["path"]):
         other.append("path")
-    keys = store.get("keys", {})
-    return other + [f"keys.{key}" for key in keys if key in wanted["keys"]
-                    and keys[key] != wanted["keys"][key]]
+    for section in ("keys", "conversion"):
+        there = store.get(section, {})
+        other += [f"{section}.{key}" for key in there if key in wanted[section]
+                  and there[key] != wanted[section][key]]
+    return other
 
 
 def check_store(cfg, encoder_fingerprint):
     """Raises ValueError if cfg.data.latents was made with another encoder or other settings. Says
     so if it was made from another data.path, which need not be there any more."""
-    store = read_store(cfg.data.latents)
-    _compare(cfg.data, store, store_settings(cfg, encoder_fingerprint))
-    if "path" in differing(store, store_settings(cfg, "")) and os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"{cfg.data.latents}: was made from {store['path']}; --data.path="
-                   f"{cfg.data.path} is not read")
+    for data in config.data_sets(cfg.data):
+        store = read_store(data.latents)
+        data = with_rate(data, store.get("fps", 0), data.latents)
+        wanted = store_settings(replace(cfg, data=data), encoder_fingerprint)
+        _compare(data, store, wanted)
+        if "path" in differing(store, wanted):
+            say_once(f"{data.latents}: was made from {store['path']}; --data.path={data.path} is "
+                     "not read")
 
 
 def _compare(data, store, wanted):
@@ -67,8 +85,10 @@ def _compare(data, store, wanted):
                          "joint velocities; make it again")
     for key in differing(store, wanted):
         if key != "path":
-            was, now = ((settings["keys"][key[5:]] if key.startswith("keys.") else settings[key])
+            section, dot, name = key.partition(".")
+            was, now = ((settings[section][name] if dot else settings[key])
                         for settings in (store, wanted))
+            key = key.removeprefix("conversion.")
             raise ValueError(f"{data.latents}: was made with another {key} ({was}, now {now}); use "
                              "the settings it was made with, or store other latents with "
                              "latents.py")
@@ -86,6 +106,14 @@ def read_store(folder):
                           ("width", 0 < store["width"] < 2 ** 20)):
             if not fits:
                 raise ValueError(f"{path}: {key} is {store[key]!r}")
+        # Stores of earlier versions: files in the order in which they were encoded, poses as they
+        # were recorded.
+        store.setdefault("numbers", list(range(len(store["files"]))))
+        store.setdefault("conversion", _conversion(DataConfig()))
+        numbers = [*store["numbers"], *store.get("gone", {}).values()]
+        if len(store["numbers"]) != len(store["files"]) or len(set(numbers)) < len(numbers) or (
+                min(numbers) < 0):
+            raise ValueError(f"{path}: numbers do not fit files")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no stored latents (no store.json); make them with: "
                          f"python latents.py config.yaml --data.latents={folder}") from None
@@ -134,12 +162,26 @@ def _is_whole(index, frame_step):
                for stored, length, success in zip(rows, lengths, index["success"].tolist()))
 
 
-def why_empty(folder, n_files, frame_step):
+def read_identities(path):
+    """What the data file behind NNNNN.npz was when it was encoded: a list as from
+    `identity.identity`, empty for stores of earlier versions."""
+    try:
+        text = str(read_npz(path, ["source"]).get("source", "[]"))
+        known = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return []
+    whole = isinstance(known, list) and all(
+        isinstance(one, dict) and type(one.get("path")) is str and type(one.get("size")) is int
+        and {"mtime_ns", "sha256"} <= one.keys() for one in known)
+    return known if whole else []
+
+
+def why_empty(folder, numbers, frame_step):
     """What became of the episodes of a complete store that holds no frame; "" if it holds some."""
     folder, n_failures, n_short, damaged = Path(folder), 0, 0, []
-    if any(_size(folder / f"{i:05d}.bin") > 0 for i in range(n_files)):
+    if any(_size(folder / f"{i:05d}.bin") > 0 for i in numbers):
         return ""
-    for i in range(n_files):
+    for i in numbers:
         index = read_index(folder, i, frame_step)
         if index is None or sum(index["rows"].tolist()):
             return ""                               # damaged: said when it is read
@@ -173,21 +215,43 @@ class StoredLatents:
     def __init__(self, cfg):
         """Raises ValueError if cfg.data.latents is not complete, is empty, or was made with other
         settings than those of cfg.data."""
-        self.data, self.folder = cfg.data, Path(cfg.data.latents)
+        self.folder = Path(cfg.data.latents)
         store = read_store(self.folder)
+        self.data = with_rate(cfg.data, store.get("fps", 0), self.folder)
         _compare(self.data, store, _data_settings(self.data))
         self.shape = (store["tokens"], store["width"])                  # N, D
         self.dtype = model.DTYPES[store["dtype"]]
-        self.files = [str(i) for i in range(len(store["files"]))]
+        self.files = [str(number) for number in store["numbers"]]
         missing = [file for file in self.files
                    if not (self.folder / f"{int(file):05d}.npz").exists()]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} files are missing, the first "
                 f"is {int(missing[0]):05d}; run latents.py again: it goes on where it stopped")
-        reason = why_empty(self.folder, len(self.files), self.data.frame_step)
+        reason = why_empty(self.folder, store["numbers"], self.data.frame_step)
         if reason:
             raise ValueError(reason)
+        self._check_source(store)
+
+    def _check_source(self, store):
+        """Raises ValueError if the data that the store was made from are there and have changed.
+        Says so if there are more of them now."""
+        changed = []
+        for number in store["numbers"]:
+            for known in read_identities(self.folder / f"{number:05d}.npz"):
+                if has_changed(known):
+                    changed.append(known["path"])
+        if changed:
+            raise ValueError(f"{self.folder}: {len(changed)} files that it was made from have "
+                             f"changed since, the first is {changed[0]}; run latents.py again: it "
+                             "encodes them anew")
+        path = store.get("path", "")
+        if os.path.isdir(path):
+            more = {name for name in os.listdir(path) if "-train.tfrecord-" in name
+                    or name.endswith(".npz")} - {*store["files"], *store.get("gone", {})}
+            if more:
+                say_once(f"{self.folder}: {len(more)} files of {path} are not in it, such as "
+                         f"{min(more)}; latents.py adds them")
 
     def episodes(self, file):
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""

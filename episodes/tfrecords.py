@@ -85,3 +85,48 @@ def _dataset_from(tf, file, offset):
     records = tf.raw_ops.TFRecordDatasetV2(filenames=[file], compression_type="",
                                            buffer_size=8 << 20, byte_offsets=[offset])
     return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+
+def key_fault(tf, record, data, image_key):
+    """What is wrong with the first record of a data set for data.keys, with {file} for its file,
+    or "".
+
+    record: bytes of a tf.train.Example. image_key: data.keys.image for this camera."""
+    # Comes with TensorFlow, which not everybody has.
+    from google.protobuf.message import DecodeError
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except DecodeError:
+        features = {}
+    if not features:
+        return "{file}: its records are not tf.train.Example; is it an RLDS data set?"
+    fault = _image_key_fault(features, data, image_key)
+    wanted = {"pose": "float_list", "gripper": "float_list", "episode": "bytes_list"}
+    if data.drop_idle:
+        wanted["joint_velocity"] = "float_list"
+    kinds = {name: feature.WhichOneof("kind") for name, feature in features.items()}
+    for key, kind in wanted.items():
+        name = getattr(data.keys, key)
+        if not fault and name and kinds.get(name) != kind:
+            others = sorted(other for other in kinds if kinds[other] == kind)
+            fault = (f"data.keys.{key}: {{file}} has no {name} with "
+                     f"{kind.removesuffix('_list')} values; it has {', '.join(others)}")
+    return fault
+
+
+def _image_key_fault(features, data, image_key):
+    """The same for the images under the camera's name."""
+    images = []
+    for name, feature in sorted(features.items()):
+        values = feature.bytes_list.value
+        if values and values[0][:2] in (b"\xff\xd8", b"\x89P"):         # JPEG, PNG
+            images.append(name)
+    if image_key in images:
+        return ""
+    prefix, _, suffix = data.keys.image.partition("{camera}")
+    cameras = [name.removeprefix(prefix).removesuffix(suffix) for name in images
+               if name.startswith(prefix) and name.endswith(suffix)]
+    missing = f"{{file}} has no images {image_key}"
+    if cameras:
+        return f"data.camera: {missing}; --data.camera can be {', '.join(cameras)}"
+    return f"data.keys.image: {missing}; it has {', '.join(images) or 'none at all'}"

@@ -1,11 +1,14 @@
-"""Writing files atomically, and the safetensors format one tensor at a time."""
+"""Writing files atomically, the safetensors format one tensor at a time, and lines said once."""
 import io
 import json
 import os
+import sys
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 SAFETENSORS_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
@@ -31,7 +34,6 @@ def write_file(path, data):
 
 
 def free_name(path, ending):
-    """path.ENDING, or path.ENDING-2 and so on if that is taken."""
     """A name beside `path` that is not taken: path.ENDING, path.ENDING-2 and so on."""
     names = [path.with_name(f"{path.name}.{ending}")]
     while names[-1].exists():
@@ -75,3 +77,10 @@ def write_safetensors(file, names, read, metadata):
         # bfloat16
         tensor = read(name).cpu().contiguous().flatten()
         file.write(tensor.view(torch.uint8).numpy())
+
+
+@lru_cache
+def say_once(text):
+    """A line on stderr: once, however often files are read, and by one process of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)

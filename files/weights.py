@@ -3,15 +3,13 @@ writing them.
 """
 import hashlib
 import os
-import sys
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from files import write_safetensors
+from files import say_once, write_safetensors
 from files.pickled import URL, first_line, load_pickled, printable
 from files.reading import file_size
 
@@ -195,7 +193,7 @@ def match_names(path, shapes, wanted, size, holds):
                          + "; ".join(problems))
     if passed_over:
         more = ", …" if len(passed_over) > 3 else ""
-        _say_once(f"{path}: passed over what this encoder has no use for: "
+        say_once(f"{path}: passed over what this encoder has no use for: "
                  f"{', '.join(passed_over[:3])}{more}")
     return names
 
@@ -320,7 +318,3 @@ def free_memory(device):
             free.append(int(read[limit]) - int(read[used]) + int(cached))
     return min(free)
 
-
-@lru_cache
-def _say_once(message):
-    print(message, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ def four(tmp_path_factory):
 
 @pytest.fixture
 def copy(four, tmp_path):
-    shards._say_once.cache_clear()
+    shards.say_once.cache_clear()
     return shutil.copytree(four, tmp_path / "set")
 
 

@@ -104,7 +104,7 @@ def test_data_of_another_path_are_not_mixed_into_a_store_but_need_not_be_there(
                       (same, ""), (cfg, "")):
         capsys.readouterr()
         check_store(one, fingerprint)
-        assert says in (out := capsys.readouterr().out) and bool(out) == bool(says)
+        assert says in (err := capsys.readouterr().err) and bool(err) == bool(says)
 
 
 def test_a_store_without_a_frame_is_an_error_with_the_reason(base, tmp_path, monkeypatch, capsys):

@@ -132,7 +132,7 @@ def check(folder, whole, exact):
     """What is wrong with how a data set is read, or "", and what was said."""
     cfg = data_recipe(folder, "--data.max_bad_share=1")
     wanted, said, begin = expected(folder, whole), StringIO(), time.monotonic()
-    shards._say_once.cache_clear()
+    shards.say_once.cache_clear()
     with redirect_stderr(said):
         try:
             loader = Clips(droid.open_source(cfg), cfg, "train", False)

@@ -1,0 +1,47 @@
+"""What a file was when it was read: to see later that it has changed.
+
+    known = identity("episode_0.npz")           # {"path", "size", "mtime_ns", "sha256"}
+    has_changed(known)                          # of another size, or with other bytes
+"""
+import hashlib
+import os
+from functools import lru_cache
+
+from episodes.retry import is_remote
+
+
+def identity(path, stat=None):
+    """Of a local file, or of one in a bucket, whose bytes are not read for it.
+
+    stat: tf.io.gfile.stat for a bucket. Raises OSError."""
+    if is_remote(path):
+        about = stat(path)
+        return {"path": path, "size": about.length, "mtime_ns": about.mtime_nsec, "sha256": ""}
+    about = os.stat(path)
+    times = about.st_mtime_ns, about.st_ctime_ns
+    return {"path": os.path.abspath(path), "size": about.st_size, "mtime_ns": times[0],
+            "ctime_ns": times[1], "sha256": _sha256(path, about.st_size, *times)}
+
+
+def has_changed(known, stat=None):
+    """Whether a file is another one than when `identity` gave `known`. A copy of it is not, whose
+    time of change is another. Of a file that is not there any more nothing can be told: False."""
+    path = known["path"]
+    try:
+        if is_remote(path):
+            return stat is not None and identity(path, stat) != known
+        about = os.stat(path)
+        if about.st_size != known["size"]:
+            return True
+        times = about.st_mtime_ns, about.st_ctime_ns
+        same = times == (known["mtime_ns"], known.get("ctime_ns"))
+        return not same and identity(path)["sha256"] != known["sha256"]
+    except FileNotFoundError:
+        return False
+
+
+# With the times, so that a file that has changed is read again. Many episodes share a video.
+@lru_cache(1 << 16)
+def _sha256(path, *_):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
