@@ -41,6 +41,7 @@ from episodes.several import Mix, Several, labels
 from episodes.shards import count_episodes, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
+from episodes.survey import survey_of
 from episodes.tfrecords import key_fault, read_records
 from model import resolve_size
 
@@ -83,6 +84,8 @@ def _open_sets(cfg):
         else:
             source = _open_files(one)
         source.label = label
+        source.survey = survey_of(source)
+        source.data = source.survey.data
         sources.append(source)
     return sources
 
@@ -146,7 +149,7 @@ def tensorflow(anonymous=True):
 class RldsFiles:
     """An EpisodeSource of TFRecord shards: tf.data reads the records, TensorFlow parses and decodes
     them. An episode's `images` are its JPEG or PNG files, an array of bytes [n]."""
-    key = "frames"
+    key, one_episode_a_file = "frames", False
 
     def __init__(self, tf, files, data, size, expected=None):
         """size: of the frames, in pixels. expected: {file: episodes it should hold}, as far as

@@ -115,12 +115,13 @@ def run(cfg, device, run_folder, mirror, picked=""):
 
     # Data. The validation batches are the same ones each time.
     loader = droid.create_dataloader(cfg, "train")
-    val_batches = []
+    val_batches = {}                                    # {data set: its batches}
     if cfg.val_every:
-        val_loader = droid.create_dataloader(cfg, "val", shuffle=False)
-        val_batches = list(islice(val_loader, cfg.val_batches))
-        if not ranks.sum_over_ranks(torch.tensor(len(val_batches), device=device)):
-            raise val_loader.no_clips_error()
+        val_loaders = droid.validation_loaders(cfg)
+        val_batches = {k: list(islice(v, cfg.val_batches)) for k, v in val_loaders.items()}
+        n_batches = sum(map(len, val_batches.values()))
+        if not ranks.sum_over_ranks(torch.tensor(n_batches, device=device)):
+            raise next(iter(val_loaders.values())).no_clips_error()
 
     # Resume
     if start:
@@ -132,8 +133,9 @@ def run(cfg, device, run_folder, mirror, picked=""):
         checkpoint.save_config(run_folder, cfg)
     logger = Logger(cfg, out, start, rank)
     logger.print_header(cfg, device, world, len(adapted), start, end, world_size)
-    if picked:
-        logger.print(picked)
+    clips_a_step = cfg.batch_size * cfg.grad_accum * world_size
+    for line in [picked] * bool(picked) + loader.summary(clips_a_step * cfg.max_steps):
+        logger.print(line)
     watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
     if cfg.val_every and not start:
         logger.log(0, **watch.validated(0, evaluate(world, val_batches, cfg, autocast, device)))
@@ -216,21 +218,29 @@ def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum):
 
 @torch.no_grad()
 def evaluate(world, batches, cfg, autocast, device):
-    """Mean losses over the validation batches of all ranks: {"val_loss": their sum, "val_…"}."""
+    """Mean losses over the validation batches of all ranks: {"val_loss": their sum, "val_…"}, and
+    of several data sets "val_loss/NAME" for each. batches: a list, or {data set: a list}."""
     world.eval()
-    sums = Counter()                                # {name: loss × clips, "clips": number}
-    for batch in batches:
-        with autocast:
-            losses = world(**{k: v.to(device) for k, v in batch.items()}, rollout=cfg.rollout)
-        n = len(batch["actions"])
-        sums.update({k: v.item() * n for k, v in losses.items()} | {"clips": n})
+    sums, clips = Counter(), Counter()              # {(data set, loss): loss × clips}
+    for name, some in (batches if isinstance(batches, dict) else {"": batches}).items():
+        for batch in some:
+            with autocast:
+                losses = world(**{k: v.to(device) for k, v in batch.items()}, rollout=cfg.rollout)
+            n = len(batch["actions"])
+            sums.update({(name, loss): value.item() * n for loss, value in losses.items()})
+            clips[name] += n
     world.train()
     # With their names, which a rank without a clip does not know.
-    totals = Counter()
-    for rank_sums in ranks.gather_from_ranks(sums):
+    totals, n_clips = Counter(), Counter()
+    for rank_sums, rank_clips in ranks.gather_from_ranks((sums, clips)):
         totals.update(rank_sums)
-    n = totals.pop("clips")
-    return {"val_loss": totals.total() / n, **{f"val_{k}": v / n for k, v in totals.items()}}
+        n_clips.update(rank_clips)
+    means = Counter()
+    for (name, loss), total in totals.items():
+        means[f"val_{loss}"] += total / n_clips.total()
+        if len(n_clips) > 1:
+            means[f"val_loss/{name}"] += total / n_clips[name]
+    return {"val_loss": totals.total() / n_clips.total(), **means}
 
 
 def build_optimizer(cfg, trainable, device):

@@ -9,6 +9,7 @@ from itertools import count
 import numpy as np
 import torch
 
+from episodes import plausible
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
 from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
@@ -94,7 +95,24 @@ def _fault(episode, data):
     if episode.poses.shape[1] != 7:
         return (f"{episode.poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, "
                 "gripper")
-    return ""
+    return plausible.fault(episode.poses, data)
+
+
+def usable_starts(episode, data):
+    """What becomes of an episode of this split, and the first recorded frames of its clips:
+    ("used", starts [K]), (why it has none, []), or a DamagedEpisode and []."""
+    none = np.zeros(0, np.int64)
+    if data.only_success and not episode.success:
+        return "without /success/", none
+    fault = _fault(episode, data)
+    if fault:
+        return DamagedEpisode(episode.location, fault, episode.name), none
+    starts = clip_starts([(0, len(episode.poses))], data)
+    if not len(starts):
+        return "too short", none
+    if data.drop_idle:
+        starts = clip_starts(moving_stretches(episode.joint_velocity), data)
+    return ("used" if len(starts) else "too idle"), starts
 
 
 # The order of clips
@@ -195,6 +213,10 @@ class Clips:
             episode, start, gathered, states, actions = clip
             try:
                 images = self.source.decode(gathered)
+                fault = self.data.check and self.source.key == "frames" and (
+                    plausible.frame_fault(images))
+                if fault:
+                    raise ValueError(fault)
             except ValueError as error:
                 self.tally.leave_out(DamagedEpisode(episode.location, str(error), episode.name))
                 continue
@@ -251,21 +273,21 @@ class Clips:
         data, poses = episode.data or self.data, episode.poses
         if not in_split(episode.name, self.split, data):
             return self.tally.add(episode, OTHER)
-        if data.only_success and not episode.success:
-            return self.tally.add(episode, "without /success/")
-        fault = _fault(episode, data)
-        if fault:
-            return self.tally.leave_out(DamagedEpisode(episode.location, fault, episode.name))
-        starts = clip_starts([(0, len(poses))], data)
-        status = "used" if len(starts) else "too short"
-        if data.drop_idle and len(starts):
-            starts = clip_starts(moving_stretches(episode.joint_velocity), data)
-            status = "used" if len(starts) else "too idle"
+        status, starts = usable_starts(episode, data)
+        if isinstance(status, DamagedEpisode):
+            return self.tally.leave_out(status)
         self.tally.add(episode, status)
         # The shuffle buffer is to hold what was gathered for its clips, not whole episodes.
         about = replace(episode, images=None)
         for start, states, actions in zip(starts, *clip_states_actions(poses, starts, data)):
             yield about, start, self.source.gather(episode.images, start), states, actions
+
+    def summary(self, n_clips):
+        """Lines about the data, before a run that is to see n_clips."""
+        surveys = [s.survey for s in getattr(self.source, "sources", [self.source])]
+        train = [survey.count("train")[1] for survey in surveys]
+        return [line for survey, n in zip(surveys, train)
+                for line in survey.lines(round(n_clips * n / max(1, sum(train))))]
 
     def report(self):
         """One line: how many episodes were read, and what became of them."""

@@ -36,7 +36,7 @@ BLOCK = 16 << 20        # bytes of images that are read at a time
 
 class NpzFiles:
     """An EpisodeSource of .npz files. An episode's `images` is a _LazyFrames."""
-    key = "frames"
+    key, one_episode_a_file = "frames", True
 
     def __init__(self, files, data, size):
         """size: of the frames, in pixels. Raises ValueError for data.drop_idle."""

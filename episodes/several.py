@@ -97,6 +97,10 @@ class Mix(Clips):
                      "sets": list(places)}
             yield after, clip, episode, start
 
+    def summary(self, n_clips):
+        return [line for loader, share in zip(self.loaders, self.shares)
+                for line in loader.summary(round(share * n_clips))]
+
     def report(self):
         return "; ".join(f"{loader.source.label}: {loader.report()}" for loader in self.loaders)
 

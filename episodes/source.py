@@ -45,6 +45,7 @@ class EpisodeSource(Protocol):
     files: list[str]        # names of the files, always in the same order
     key: str                # name of what `decode` returns in a batch: "frames", or "h" for latents
     data: object            # the DataConfig of its data set, with the frame_step that counts
+    one_episode_a_file: bool        # then all can be looked at before a run
 
     def episodes(self, file) -> Iterator[Episode | DamagedEpisode]:
         """The episodes of one of `files`, always in the same order."""

@@ -210,7 +210,7 @@ def _size(path):
 class StoredLatents:
     """An EpisodeSource of stored latents, file by file as the data that they were made from: the
     order of clips is the same. An episode's `images` are its latents [rows, N, D]."""
-    key = "h"
+    key, one_episode_a_file = "h", True
 
     def __init__(self, cfg):
         """Raises ValueError if cfg.data.latents is not complete, is empty, or was made with other
@@ -252,6 +252,9 @@ class StoredLatents:
             if more:
                 say_once(f"{self.folder}: {len(more)} files of {path} are not in it, such as "
                          f"{min(more)}; latents.py adds them")
+
+    def parts(self, file):
+        return [f"{self.folder}/{int(file):05d}.npz"]
 
     def episodes(self, file):
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""

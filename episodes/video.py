@@ -2,13 +2,15 @@
 import os
 import threading
 from collections import OrderedDict
-from functools import partial
+from functools import cached_property, partial
+
+import numpy as np
 
 from episodes.crops import MAX_PIXELS
 from files.reading import file_size, one_line
 
 
-MAX_FRAMES = 10_000_000     # in one file
+MAX_FRAMES = 2_000_000      # in one file: 11 hours at 50 fps
 OPEN_FILES = 8              # that a thread keeps
 SEEK_COST = 2               # frames that could be decoded in the time in which a seek is done
 MORE_KEYFRAMES = 3          # that are tried if a frame cannot be decoded from the one before it
@@ -39,9 +41,9 @@ class PerThread(threading.local):
 class Video:
     """An open mp4 file, for one thread.
 
-    height, width: of its frames; n: frames that it lists; start: of the first one, in seconds."""
+    height, width: of its frames; start: time of the first one, in seconds."""
 
-    def __init__(self, path, n=MAX_FRAMES):
+    def __init__(self, path):
         """Raises FileNotFoundError, or ValueError for anything but a whole mp4 with a video."""
         import av
         from av.video.reformatter import VideoReformatter
@@ -67,25 +69,24 @@ class Video:
         context.options = {"err_detect": "explode", "ec": "0", "max_pixels": str(MAX_PIXELS),
                            "strict": "1"}
         self.index, self.unit = self.stream.index_entries, self.stream.time_base
-        self.n, self.start = len(self.index), float((self.stream.start_time or 0) * self.unit)
-        if not 0 < self.n <= MAX_FRAMES or not self.unit or self.unit <= 0:
+        n = len(self.index)
+        if not 0 < n <= MAX_FRAMES or not self.unit or self.unit <= 0:
             self.close()
-            raise ValueError(f"{path}: lists {self.n:,} frames")
+            raise ValueError(f"{path}: lists {n:,} frames")
+        self.start = float((self.stream.start_time or 0) * self.unit)
         self._to_rgb = partial(VideoReformatter().reformat, format="rgb24")
 
     def close(self):
         self.frame = self.packets = None
         self.container.close()
 
-    def rhythm(self, fps):
-        """(frames that it would have at `fps` without a gap, frames that it has, shortest time from
-        one to the next in units of 1 / fps), by its list of frames."""
-        times = sorted(entry.timestamp for entry in self.index if not entry.is_discard)
-        if not times:
-            return 0, 0, 0.0
-        scale = float(self.unit) * fps
-        shortest = min((b - a for a, b in zip(times, times[1:])), default=1 / scale)
-        return round((times[-1] - times[0]) * scale) + 1, len(times), shortest * scale
+    @cached_property
+    def times(self):
+        """Of its frames, ascending, in seconds [n], by its list of frames."""
+        # Each in the order in which they are stored: shown they are by a constant later.
+        stamps = sorted(entry.timestamp for entry in self.index if not entry.is_discard)
+        stamps = np.array(stamps, np.float64)
+        return (stamps - stamps[:1]) * float(self.unit) + self.start
 
     def read(self, seconds, tolerance):
         """Yields the frame at each of `seconds` (ascending), [H, W, 3] uint8 RGB: that whose time
@@ -140,7 +141,7 @@ class Video:
         self.frame = None
         with one_line(self.path):
             self.container.seek(self.index[key].timestamp, stream=self.stream, backward=True)
-        self.packets = self._decode()
+        self.packets = _decoded(self.container, self.stream)
         self._next()
 
     def _next(self):
@@ -149,6 +150,9 @@ class Video:
         with one_line(self.path):
             self.frame = next(self.packets, None)
 
-    def _decode(self):
-        for packet in self.container.demux(self.stream):
-            yield from (frame for frame in packet.decode() if frame.pts is not None)
+
+def _decoded(container, stream):
+    """Yields the frames from where the container stands on. Not a method: a Video that refers to
+    itself would not be closed with its thread."""
+    for packet in container.demux(stream):
+        yield from (frame for frame in packet.decode() if frame.pts is not None)

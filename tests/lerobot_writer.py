@@ -32,7 +32,8 @@ def write_video(path, frames, fps, codec="libx264", gop=2, b_frames=0, ticks=Non
     muxing = dict(container or {}) | ({"video_track_timescale": str(ticks)} if ticks else {})
     with av.open(str(path), "w", format="mp4", container_options=muxing) as out:
         stream = out.add_stream(codec, Fraction(fps).limit_denominator(1001), options={
-            "libx264": {"preset": "ultrafast"}, "libsvtav1": {"preset": "12"},
+            "libx264": {"preset": "ultrafast", "crf": "8"},
+            "libsvtav1": {"preset": "12", "crf": "12"},
             "libx265": {"preset": "ultrafast", "x265-params": "log-level=0"},
         }.get(codec, {}) | (options or {}))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -93,8 +94,7 @@ def _write_v2(folder, episodes, columns, fps, per_file, row_group, kind, video):
         _write_rows(folder / f"data/chunk-000/episode_{i:06d}.parquet", [(i, one)], columns, fps,
                     row_group, kind)
         lines.append({"episode_index": i, "tasks": ["a task"], "length": len(one[columns[0]])})
-        stats.append({"episode_index": i, "stats": {key: statistics(one[key]) for key in columns
-                                                    if np.asarray(one[key]).dtype.kind != "U"}})
+        stats.append({"episode_index": i, "stats": all_statistics(one)})
         for camera, frames in one["images"].items() if kind == "video" else ():
             write_video(folder / f"videos/chunk-000/observation.images.{camera}"
                         f"/episode_{i:06d}.mp4", frames, fps, **video)
@@ -121,22 +121,32 @@ def _write_v3(folder, episodes, columns, fps, per_file, row_group, kind, video):
                         f"{key}/from_timestamp": at[camera] / fps,
                         f"{key}/to_timestamp": (at[camera] + len(frames)) / fps}
                 at[camera] += len(frames)
-            for key in columns:
-                if np.asarray(one[key]).dtype.kind != "U":
-                    row |= {f"stats/{key}/{name}": value
-                            for name, value in statistics(one[key]).items()}
+            row |= {f"stats/{key}/{name}": value for key, found in all_statistics(one).items()
+                    for name, value in found.items()}
             rows.append(row)
         for camera in at if kind == "video" else ():
             frames = np.concatenate([one["images"][camera] for _, one in some])
-            write_video(folder / f"videos/observation.images.{camera}/chunk-000/file-{file:03d}.mp4",
-                        frames, fps, **video)
+            name = f"videos/observation.images.{camera}/chunk-000/file-{file:03d}.mp4"
+            write_video(folder / name, frames, fps, **video)
     path = folder / "meta/episodes/chunk-000/file-000.parquet"
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
+def all_statistics(one):
+    """{column: what LeRobot keeps of it}, of an episode."""
+    found = {key: statistics(values) for key, values in one.items()
+             if key != "images" and np.asarray(values).dtype.kind != "U"}
+    for camera, frames in one["images"].items():
+        colours = statistics(frames.reshape(-1, 3) / 255)
+        found[f"observation.images.{camera}"] = {
+            name: np.reshape(value, (3, 1, 1)).tolist() for name, value in colours.items()
+            if name != "count"} | {"count": [len(frames)]}
+    return found
+
+
 def statistics(values):
-    """What LeRobot keeps of a column of an episode."""
+    """What LeRobot keeps of numbers [n] or [n, A]."""
     values = np.asarray(values).reshape(len(values), -1)
     numbers = values.astype(np.float64)
     return {"min": values.min(0).tolist(), "max": values.max(0).tolist(),

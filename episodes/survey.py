@@ -1,0 +1,192 @@
+"""What a data set holds, before a run begins: counted where that takes seconds, else a sample.
+
+    survey = survey_of(source)          # looked at once, however many loaders read the source
+    survey.data                         # its settings, with a validation episode at least
+    print(*survey.lines(cfg), sep="\\n")
+"""
+import os
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from episodes import plausible
+from episodes.clips import in_split, usable_starts
+from episodes.retry import is_remote
+from episodes.source import DamagedEpisode
+
+
+FEW_FILES = 2000        # of which each holds an episode: all are looked at
+FEW_BYTES = 1 << 30     # of local TFRecords that are read from front to back
+SAMPLE = 8              # episodes of which units and images are looked at
+MANY_EPOCHS = 100
+
+
+@dataclass
+class Survey:
+    """Of one data set."""
+    data: object                                # its DataConfig
+    label: str
+    exact: bool                                 # whether all episodes were looked at
+    names: dict = field(default_factory=dict)   # {name of a usable episode: its clips}
+    status: Counter = field(default_factory=Counter)        # episodes by what becomes of them
+    total: int = 0                              # episodes, as far as known
+    poses: list = field(default_factory=list)   # of the first ones
+    notes: list = field(default_factory=list)
+
+    def count(self, split):
+        """(usable episodes, clips) of a split among those that were looked at."""
+        clips = [n for name, n in self.names.items() if in_split(name, split, self.data)]
+        return len(clips), sum(clips)
+
+    def lines(self, n_clips=0):
+        """What a run that is to see n_clips of this data set should know before step 0."""
+        data, scale = self.data, 1.0
+        looked_at = sum(self.status.values())
+        if not self.exact and looked_at:
+            scale = max(1.0, self.total / looked_at)
+        about = "" if self.exact else "about "
+        n_train, train = (round(scale * n) for n in self.count("train"))
+        n_val, val = (round(scale * n) for n in self.count("val"))
+        fps = f"{data.fps:g} Hz" if data.fps else "15 Hz (assumed: set --data.fps)"
+        seconds = (data.clip_frames - 1) * data.frame_step / (data.fps or 15)
+        others = ", ".join(f"{n:,} {status}" for status, n in self.status.most_common()
+                           if status != "used")
+        lines = [f"{self.label}: {about}{n_train:,} training episodes with {train:,} clips, "
+                 f"{n_val:,} for validation with {val:,}{f' ({others})' if others else ''}; "
+                 f"a clip is {data.clip_frames} frames, {data.frame_step} recorded frames apart: "
+                 f"{seconds:.3g} s at {fps}"]
+        moves = self.moves()
+        if len(moves):
+            sigma = 100 * moves.std(axis=0)
+            lines.append(f"{self.label}: moves from frame to frame, σ of x y z: "
+                         f"{' '.join(f'{s:.2g}' for s in sigma)} cm; in DROID at step 4 "
+                         "1.7 2.8 2.3, at step 15, which the released weights saw, 5.5 9.5 7.5")
+        if n_clips and train:
+            lines.append(f"{self.label}: the run sees {n_clips:,} clips of it, {about}"
+                         f"{n_clips / train:,.3g} epochs")
+            if n_clips > MANY_EPOCHS * train:
+                lines[-1] += (f". WARNING: more than {MANY_EPOCHS}; lower --max_steps, "
+                              "--data.clip_stride or --data.clip_frames, or record more")
+        return lines + [f"{self.label}: note: {note}" for note in self.notes]
+
+    def moves(self):
+        """Moves x y z between frames that are frame_step apart: [n, 3] in metres."""
+        step = self.data.frame_step
+        moves = [p[step:, :3] - p[:-step, :3] for p in self.poses if len(p) > step]
+        return np.concatenate(moves) if moves else np.zeros((0, 3))
+
+
+_surveys = {}
+
+
+def survey_of(source):
+    """The Survey of an EpisodeSource of one data set. Raises ValueError for data that cannot be
+    right, and as `source.episodes`."""
+    key = (repr(source.data), *source.files, *map(_stamp, _files(source)))
+    if key not in _surveys:
+        while len(_surveys) >= 8:
+            _surveys.pop(next(iter(_surveys)))
+        _surveys[key] = _look(source)
+    return _surveys[key]
+
+
+def _files(source):
+    return sorted({part for file in source.files[:FEW_FILES] for part in source.parts(file)})
+
+
+def _stamp(path):
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_size, about.st_mtime_ns
+
+
+def _look(source):
+    data = source.data
+    files, exact = _chosen(source)
+    survey = Survey(data, source.label, exact)
+    images, named = [], []
+    for file in files:
+        for episode in source.episodes(file):
+            if isinstance(episode, DamagedEpisode):
+                survey.status["damaged"] += episode.lost
+                continue
+            status, starts = usable_starts(episode, data)
+            if isinstance(status, DamagedEpisode):
+                status = "damaged"
+            survey.status[status] += 1
+            if status == "used":
+                survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
+            poses = episode.poses
+            if len(survey.poses) < SAMPLE and poses.ndim == 2 and poses.shape[1] == 7 and (
+                    np.isfinite(poses).all()):
+                survey.poses.append(poses)
+                named.append(episode.name)
+                if status == "used" and source.key == "frames" and len(images) < SAMPLE // 2:
+                    images.append((episode, starts[len(starts) // 2]))
+            if not exact and sum(survey.status.values()) >= SAMPLE:
+                break
+        if not exact and sum(survey.status.values()) >= SAMPLE:
+            break
+    survey.total = max(sum(survey.status.values()), _expected(source))
+    if data.check:
+        _check(source, survey, named, images)
+    survey.data = _with_validation(survey)
+    return survey
+
+
+def _chosen(source):
+    """The files to look at, and whether those are all."""
+    one_each = source.one_episode_a_file
+    if one_each and len(source.files) <= FEW_FILES:
+        return source.files, True
+    if one_each or is_remote(source.files[0]):
+        return source.files, False
+    small = sum(source.size_of(file) for file in source.files) <= FEW_BYTES
+    return source.files, small
+
+
+def _expected(source):
+    if source.one_episode_a_file:
+        return len(source.files)
+    return sum((getattr(source, "expected", None) or {}).values())
+
+
+def _check(source, survey, names, images):
+    errors, survey.notes = plausible.examine(survey.poses, names, survey.data)
+    faults = []
+    for episode, start in images:
+        try:
+            frames = source.decode(source.gather(episode.images, start))
+            faults.append(plausible.frame_fault(frames))
+        except ValueError:
+            continue                            # said when the episode is read
+    if faults and all(faults):
+        errors.append(f"the images of the first {len(faults)} episodes are wrong: {faults[0]}")
+    if errors:
+        raise ValueError(f"{survey.data.path}: {'; '.join(errors)}; --data.check=false takes the "
+                         "data as they are")
+
+
+def _with_validation(survey):
+    """The settings of a data set. If none of its episodes is one for validation by its hash, which
+    is likely for few, the one with the smallest hash is."""
+    data, names = survey.data, list(survey.names)
+    if data.val_episodes:
+        known = set(names)
+        if survey.exact and known and not known & set(data.val_episodes):
+            survey.notes.append(f"none of its episodes is named in data.val_episodes; they are "
+                                f"named such as {', '.join(sorted(known)[:3])}")
+        return data
+    if not survey.exact or not 0 < data.val_fraction < 1 or len(names) < 2:
+        return data
+    if not survey.count("val")[0]:
+        first = min(names, key=lambda name: zlib.crc32(name.encode()))
+        survey.notes.append(f"by the hash of their names none of {len(names)} episodes is one for "
+                            f"validation: {first} is taken (see --data.val_episodes)")
+        return replace(data, val_episodes=(first,))
+    return data
+
