@@ -10,10 +10,10 @@ moment leaves whole checkpoints or none. Equal runs write equal bytes. A lock le
 """
 import hashlib
 import io
-import re
+import os
 import shutil
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,14 +25,14 @@ import config
 import lora
 import model
 from files import free_name, write_file
-from files.reading import read_bytes
+from files.sums import SUMS, check_sums, read_sums
 from running import settings
+from running.arguments import is_step
 from running.lock import Lock
 from running.mirror import fetch_newest
 from running.ranks import gather_from_ranks
 
 
-SUMS = "SHA256SUMS"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What state.pt holds, besides the settings ("history"), which those of older versions do not have.
 STATE = {"step": int, "ranks": list, "optimizer": dict, "optimizer_name": str, "scaler": dict,
@@ -108,6 +108,9 @@ def _plan(cfg, ranks, device, lr_at):
         fetch_newest(cfg.gcs_dir, out, newest_step(out), cfg.data.retry_minutes)
     start, state = _newest_whole(out, cfg.resume)
     if not start:
+        if cfg.resume:
+            cfg = settings.begun(cfg, tqdm.write)
+            cfg.precision = model.resolve_precision(cfg.precision, device)
         cfg = settings.with_adapter_of(cfg) if cfg.init else cfg
         return cfg, 0, []
     history = state.get("history", [])
@@ -133,8 +136,8 @@ def _plan(cfg, ranks, device, lr_at):
 
 def step_folders(out):
     """{N: folder} of all step_N folders in a run folder, whole or not, ascending."""
-    found = {path: re.fullmatch(r"step_(\d+)", path.name) for path in Path(out).glob("step_*")}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+    return dict(sorted((int(path.name[5:]), path) for path in Path(out).glob("step_*")
+                       if is_step(path)))
 
 
 def saved_steps(out):
@@ -186,10 +189,8 @@ def read_state(folder):
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: has no {name}")
-    sums = _read_sums(folder)
-    for name, digest in sums.items():
-        if _sha256(folder / name) != digest:
-            raise ValueError(f"{folder}/{name}: damaged (its SHA-256 is not that of {SUMS})")
+    sums = read_sums(folder)
+    check_sums(folder, sums)
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     # PyTorch raises whatever the damaged bytes lead it to.
@@ -204,25 +205,6 @@ def read_state(folder):
                          "checked")
     lora.read(folder)
     return state
-
-
-def _read_sums(folder):
-    """{name: SHA-256} of a step's files; {} for a step of an older version, which has no sums."""
-    try:
-        lines = read_bytes(folder / SUMS, limit=10_000).decode().splitlines()
-        return {line[66:]: line[:64] for line in lines}
-    except FileNotFoundError:
-        return {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder}/{SUMS}: damaged ({error})") from None
-
-
-def _sha256(path):
-    """The digest of a regular file of any size, "" for anything else."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fault_of_state(state, folder):
@@ -296,30 +278,46 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
     contents = lora.adapter_files(predictor, cfg.model.checkpoint) | {"state.pt": buffer.getvalue()}
     contents[SUMS] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
                              for name, data in contents.items()).encode()
-    partial = folder.with_name(f"{folder.name}.tmp")
+    lost = run.lock.lost()
+    out = run.lock.where() if lost else run.out
+    if out is None:
+        raise OSError(f"{lost}; nothing was written. See what is there, then go on with --resume")
+    folder, partial = out / folder.name, out / f"{folder.name}.tmp"
     try:
-        run.lock.check()
-        partial.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir(parents=True)
         for name, data in contents.items():
             write_file(partial / name, data)
         # What is there cannot be resumed from, or this run would have started behind it; but it
         # may hold an adapter.
-        if folder.exists():
+        if os.path.lexists(folder):
             _keep_aside(folder)
         partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        newest = newest_step(run.out)
+        _remove(partial)
+        newest = newest_step(out)
         raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
                       f"{f'step {newest}' if newest else 'none'})") from None
+    if lost:
+        raise OSError(f"{lost}; step {step} was saved in {out}: go on there with --resume")
     # Of killed saves and rotations.
     for rest in run.out.glob("step_*.tmp"):
-        shutil.rmtree(rest, ignore_errors=True)
+        _remove(rest)
     rotating = [old for old in saved_steps(run.out) if old <= step and old not in cfg.milestones]
     for old in rotating[:-cfg.keep]:
         # Under another name first: a kill half-way is to leave no half of a step.
-        shutil.rmtree((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
+        _remove((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
     return folder
+
+
+def _remove(path):
+    """A folder with all that is in it; of a link, such as to a step on another disk, only the link.
+    What cannot be removed is no reason to end a run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _set_aside(run, above):

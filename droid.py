@@ -18,11 +18,9 @@ A damaged episode is named, counted and left out; a larger share than data.max_b
 run. The train/validation split is a hash of the episode's name. Each rank reads clips of its own.
 The order of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
-import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,7 +40,8 @@ from episodes.shards import count_episodes, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
 from episodes.survey import survey_of
-from episodes.tfrecords import key_fault, read_records
+from episodes.tf import tensorflow
+from episodes.tfrecords import check_keys, read_records
 from model import resolve_size
 
 
@@ -120,32 +119,6 @@ def _read_text(tf, minutes, file):
     return ""
 
 
-_without_credentials = "NO_GCE_CHECK" not in os.environ         # ours to say; see `tensorflow`
-
-
-def tensorflow(anonymous=True):
-    """TensorFlow, kept off the GPU. anonymous: read public buckets without looking for credentials,
-    until the first call that asks for them.
-
-    Raises ValueError if it cannot be imported."""
-    global _without_credentials
-    if _without_credentials:
-        # TensorFlow looks it up for each token; only "true" counts.
-        os.environ["NO_GCE_CHECK"] = "true" if anonymous else "false"
-        _without_credentials = anonymous
-    try:
-        import tensorflow as tf
-    except ModuleNotFoundError as error:
-        raise ValueError("reading TFRecords and gs:// needs TensorFlow: pip install tensorflow "
-                         f"({error})") from None
-    except ImportError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"TensorFlow cannot be imported ({reason}); install it again") from None
-    with suppress(RuntimeError):            # in use already: the user's notebook decides then
-        tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
 class RldsFiles:
     """An EpisodeSource of TFRecord shards: tf.data reads the records, TensorFlow parses and decodes
     them. An episode's `images` are its JPEG or PNG files, an array of bytes [n]."""
@@ -162,7 +135,7 @@ class RldsFiles:
         self._decode_images = self.tf.function(
             self._images_to_frames, autograph=False,
             input_signature=[self.tf.TensorSpec([None], self.tf.string)])
-        self._check_keys()
+        check_keys(tf, files, self._records, data, self.image_key)
 
     def episodes(self, file):
         features, n = self._wanted_features(), 0
@@ -255,30 +228,6 @@ class RldsFiles:
         # DROID names the folder of the recording, and sorts recordings into success and failure.
         success = not keys.episode or "/success/" in name
         return Episode(location, name, poses, images, velocity, success)
-
-    def _check_keys(self):
-        """Compares data.keys with the first records: a typo is to be an error at once, not a data
-        set of damaged episodes. One good record is enough, since some may be odd. Raises ValueError
-        with the names that there are."""
-        faults = {}                                 # what is wrong: [file of each such record]
-        for file, record in self._first_records():
-            fault = key_fault(self.tf, record, self.data, self.image_key)
-            if not fault:
-                return
-            faults.setdefault(fault, []).append(file)
-        if not faults:
-            raise ValueError(f"{self.files[0]}: no whole record in the first shards; are they "
-                             "TFRecords? fetch them again")
-        fault = max(faults, key=lambda fault: len(faults[fault]))
-        raise ValueError(fault.replace("{file}", faults[fault][0], 1))
-
-    def _first_records(self):
-        """(file, record) of the first whole records of the first shards, about 8."""
-        files = self.files[:8]
-        for file in files:
-            for _, record in islice(self._records(file), -(-8 // len(files))):
-                if not isinstance(record, DamagedEpisode):
-                    yield file, record.numpy()
 
 
 def _per_step(values, key, n):

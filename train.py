@@ -15,7 +15,6 @@ import math
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 
 from running import script
 
@@ -115,13 +114,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
 
     # Data. The validation batches are the same ones each time.
     loader = droid.create_dataloader(cfg, "train")
-    val_batches = {}                                    # {data set: its batches}
-    if cfg.val_every:
-        val_loaders = droid.validation_loaders(cfg)
-        val_batches = {k: list(islice(v, cfg.val_batches)) for k, v in val_loaders.items()}
-        n_batches = sum(map(len, val_batches.values()))
-        if not ranks.sum_over_ranks(torch.tensor(n_batches, device=device)):
-            raise next(iter(val_loaders.values())).no_clips_error()
+    val_loaders = droid.validation_loaders(cfg) if cfg.val_every else {}
+    val_batches = ranks.read_some(val_loaders, cfg.val_batches, device)
 
     # Resume
     if start:
@@ -230,17 +224,15 @@ def evaluate(world, batches, cfg, autocast, device):
             sums.update({(name, loss): value.item() * n for loss, value in losses.items()})
             clips[name] += n
     world.train()
-    # With their names, which a rank without a clip does not know.
-    totals, n_clips = Counter(), Counter()
-    for rank_sums, rank_clips in ranks.gather_from_ranks((sums, clips)):
-        totals.update(rank_sums)
-        n_clips.update(rank_clips)
+    # A rank may have no clip.
+    of_ranks = ranks.gather_from_ranks((sums, clips))
+    sums, clips = (sum(counters, Counter()) for counters in zip(*of_ranks))
     means = Counter()
-    for (name, loss), total in totals.items():
-        means[f"val_{loss}"] += total / n_clips.total()
-        if len(n_clips) > 1:
-            means[f"val_loss/{name}"] += total / n_clips[name]
-    return {"val_loss": totals.total() / n_clips.total(), **means}
+    for (name, loss), total in sums.items():
+        means[f"val_{loss}"] += total / clips.total()
+        if len(clips) > 1:
+            means[f"val_loss/{name}"] += total / clips[name]
+    return {"val_loss": sums.total() / clips.total(), **means}
 
 
 def build_optimizer(cfg, trainable, device):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from episodes import plausible
+from episodes.idle import moving_stretches
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
 from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
@@ -18,7 +19,6 @@ from episodes.tally import OTHER, Tally
 
 FILES_PER_WINDOW = 16       # files whose clips are shuffled together
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
-LARGEST = 1e4               # m, rad or rad/s: what is larger was never measured on a robot
 PATIENCE = 10               # s that a run which is to stop waits for a batch
 
 
@@ -30,25 +30,6 @@ def in_split(name, split, data):
     if data.val_episodes:
         return (name in data.val_episodes) == (split == "val")
     return (zlib.crc32(name.encode()) / 2 ** 32 < data.val_fraction) == (split == "val")
-
-
-def moving_stretches(joint_velocity):
-    """joint_velocity [n, J] (rad/s at 15 Hz) -> [(begin, end)] without idle stretches.
-
-    Idle: 7 or more steps in which no velocity changes by 1e-3. Stretches of 16 or more steps are
-    kept, without their last 10. Source: openpi's filter for DROID."""
-    still = np.abs(np.diff(joint_velocity, axis=0)).max(axis=1) < 1e-3
-    still = np.concatenate([[False], still])                            # [n]
-    moving = np.ones(len(still), bool)
-    for begin, end in _runs(still):
-        moving[begin:end] = end - begin < 7
-    return [(begin, end - 10) for begin, end in _runs(moving) if end - begin >= 16]
-
-
-def _runs(mask):
-    """[(begin, end)] of the runs of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 
 def clip_span(data):
@@ -78,33 +59,13 @@ def clip_states_actions(poses, starts, data):
     return states[:, :-1].astype(np.float32), actions.astype(np.float32)
 
 
-def _fault(episode, data):
-    """Why the numbers of an episode cannot be used, or ""."""
-    numbers = {"pose": episode.poses}
-    if data.drop_idle:
-        numbers["joint velocity"] = episode.joint_velocity
-    for name, values in numbers.items():                                # [n, A]
-        if values.dtype.kind not in "fiu":
-            return f"its {name} is of type {values.dtype}, not numbers"
-        good = np.abs(values.astype(np.float64)) <= LARGEST             # false for nan too
-        if not good.all():
-            step, i = np.argwhere(~good)[0]
-            value = values[step, i]
-            what = f"{value:g}, which no robot has" if np.isfinite(value) else "not finite"
-            return f"the {name} of step {step} is {what}"
-    if episode.poses.shape[1] != 7:
-        return (f"{episode.poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, "
-                "gripper")
-    return plausible.fault(episode.poses, data)
-
-
 def usable_starts(episode, data):
     """What becomes of an episode of this split, and the first recorded frames of its clips:
     ("used", starts [K]), (why it has none, []), or a DamagedEpisode and []."""
     none = np.zeros(0, np.int64)
     if data.only_success and not episode.success:
         return "without /success/", none
-    fault = _fault(episode, data)
+    fault = plausible.fault(episode, data)
     if fault:
         return DamagedEpisode(episode.location, fault, episode.name), none
     starts = clip_starts([(0, len(episode.poses))], data)

@@ -59,7 +59,7 @@ def fill(template, place, camera, path):
         return f"{values[match[1]]:0{match[2]}d}" if match[2] else str(values[match[1]])
     # str.format would also look up attributes and make texts of any length.
     name = re.sub(r"\{(\w+)(?::0?(\d)d)?\}", value, template)
-    if not is_inside(name):
+    if not is_inside(name) or "{" in name:
         raise ValueError(f"{path}/meta/info.json: {shown(template)} is no path inside the folder")
     return name
 

@@ -130,7 +130,7 @@ def _fault(length, begin, end, last, fps):
     n, shift = (end - begin) * fps, abs(begin - last) * fps
     if begin < 0 or not abs(n - length) < 1.5:
         return (f"{length} frames, and its part of the video goes from {begin:g} to {end:g} s, at "
-                f"{fps:g} fps")
+                f"the {fps:g} fps of info.json")
     # Where one is listed too many or too few, a shift would not be seen.
     if begin < last and shift >= 0.5 or shift >= 0.5 and abs(n - length) >= 0.5:
         return (f"its part of the video begins at {begin:g} s, that of the episode before ends at "

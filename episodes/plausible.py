@@ -8,6 +8,7 @@ import numpy as np
 from episodes.conversion import looks_like_quaternion
 
 
+LARGEST = 1e4           # m, rad or rad/s: what is larger was never measured on a robot
 REACH = 3.0             # m: no arm on a table reaches further from its base
 JUMP = 0.2, 2.0         # m, m/s: the larger one of the two is the most between two frames
 NEAR = 0.1              # m: a gripper that is never further from its base is none
@@ -19,7 +20,27 @@ FLAT = 4                # levels of 255: what differs less shows nothing
 KNOWN_MOVES = {4: (0.017, 0.028, 0.023), 15: (0.055, 0.095, 0.075)}
 
 
-def fault(poses, data):
+def fault(episode, data):
+    """Why the numbers of an episode cannot be used, or ""."""
+    numbers = {"pose": episode.poses}
+    if data.drop_idle:
+        numbers["joint velocity"] = episode.joint_velocity
+    for name, values in numbers.items():                                # [n, A]
+        if values.dtype.kind not in "fiu":
+            return f"its {name} is of type {values.dtype}, not numbers"
+        good = np.abs(values.astype(np.float64)) <= LARGEST             # false for nan too
+        if not good.all():
+            step, i = np.argwhere(~good)[0]
+            value = values[step, i]
+            what = f"{value:g}, which no robot has" if np.isfinite(value) else "not finite"
+            return f"the {name} of step {step} is {what}"
+    if episode.poses.shape[1] != 7:
+        return (f"{episode.poses.shape[1]} numbers in a pose, expected 7: x y z, Euler angles, "
+                "gripper")
+    return path_fault(episode.poses, data)
+
+
+def path_fault(poses, data):
     """What no robot can have done in poses [n, 7], or "": a jump, or poses that are all zeros, as
     in what pads an episode to a length."""
     if not data.check or len(poses) < 2:

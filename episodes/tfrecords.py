@@ -3,6 +3,7 @@
 TensorFlow is an argument, `tf`: only droid.py loads it, and only where records are read.
 """
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -85,6 +86,28 @@ def _dataset_from(tf, file, offset):
     records = tf.raw_ops.TFRecordDatasetV2(filenames=[file], compression_type="",
                                            buffer_size=8 << 20, byte_offsets=[offset])
     return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+
+def check_keys(tf, files, records, data, image_key):
+    """Compares data.keys with the first records: a typo is to be an error at once, not a data set
+    of damaged episodes. One good record is enough, since some may be odd.
+
+    records: file -> its (number, record), as `read_records`. Raises ValueError with the names that
+    there are."""
+    faults = {}                                     # what is wrong: [file of each such record]
+    for file in files[:8]:
+        for _, record in islice(records(file), -(-8 // len(files[:8]))):
+            if isinstance(record, DamagedEpisode):
+                continue
+            fault = key_fault(tf, record.numpy(), data, image_key)
+            if not fault:
+                return
+            faults.setdefault(fault, []).append(file)
+    if not faults:
+        raise ValueError(f"{files[0]}: no whole record in the first shards; are they TFRecords? "
+                         "fetch them again")
+    fault = max(faults, key=lambda fault: len(faults[fault]))
+    raise ValueError(fault.replace("{file}", faults[fault][0], 1))
 
 
 def key_fault(tf, record, data, image_key):

@@ -55,10 +55,10 @@ class Video:
         with one_line(path):
             streams = self.container.streams.video
             self.stream = streams[0] if streams else None
-        if self.stream is None:
+        context = self.stream and self.stream.codec_context
+        if not context:
             self.close()
-            raise ValueError(f"{path}: holds no video")
-        context = self.stream.codec_context
+            raise ValueError(f"{path}: holds no video, or one of an unknown codec")
         self.height, self.width = context.height, context.width
         if not 0 < self.height * self.width <= MAX_PIXELS:
             self.close()

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from files.pickled import printable
 from files.reading import file_size, parse_json, read_bytes, shown
+from files.sums import SUMS, check_sums, read_sums
 from files.weights import FLOATS, is_finite, open_safetensors
 
 
+NAMES = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."        # PEFT puts it before every module name
 CONFIG_LIMIT = 1 << 20              # bytes
 TENSORS_LIMIT = 1 << 30             # bytes: rank 16 on 96 layers of ViT-g's predictor has 25 MB
@@ -78,6 +80,11 @@ def open_adapter(folder):
         config = parse_json(data, "adapter_config.json")
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter is cut short or damaged ({error})") from None
+    sums = {name: digest for name, digest in read_sums(folder).items() if name in NAMES}
+    try:
+        check_sums(folder, sums)
+    except ValueError as error:
+        raise ValueError(f"{error}; copy it again (if it was edited, remove {SUMS})") from None
     _check_meaning(folder, config)
     if size > TENSORS_LIMIT:
         raise ValueError(f"{weights}: has {size:,} bytes, more than the {TENSORS_LIMIT:,} that are "
@@ -113,8 +120,7 @@ def _hint(folder):
     if found:
         return f"; give the folder below it: {', '.join(map(str, found[:3]))}" + (
             ", …" if len(found) > 3 else "")
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors")
-               if not (folder / name).exists()]
+    missing = [name for name in NAMES if not (folder / name).exists()]
     return f"; there is no {' and no '.join(missing)}; copy the adapter again"
 
 

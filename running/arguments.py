@@ -91,7 +91,8 @@ def run_folder(path):
 
 
 def is_step(path):
-    return re.fullmatch(r"step_\d+", Path(path).name)
+    # Neither step_04 nor other scripts' digits: each step has one name.
+    return re.fullmatch(r"step_(0|[1-9][0-9]*)", Path(path).name)
 
 
 def step_folders(run, text):

@@ -105,7 +105,7 @@ class Bucket:
     another try will not help."""
 
     def __init__(self, url, watch):
-        from droid import tensorflow
+        from episodes.tf import tensorflow
         self.url, self.watch = url.rstrip("/"), watch
         self.tf = tensorflow(anonymous=False)
 

@@ -16,24 +16,48 @@ from running.arguments import steps_of
 
 def check_training(cfg):
     """What a run would stumble over after its model was loaded."""
+    check_ranks()
     values = config.flat(cfg)
-    own = Path(cfg.out_dir, "config.yaml")
-    if cfg.resume and (steps_of(cfg.out_dir) or cfg.gcs_dir):
+    own, steps = Path(cfg.out_dir, "config.yaml"), steps_of(cfg.out_dir)
+    goes_on = cfg.resume and (steps or cfg.gcs_dir)
+    if goes_on or cfg.resume and own.is_file():
         try:
             settings = config.flat(config.load([str(own)]))
         except (ValueError, OSError):
             return                              # its checkpoint or its bucket knows them
         given = values.keys() if cfg.given is None else cfg.given
         values = {name: values[name] if name in given else settings[name] for name in values}
+        values["init"] = cfg.init or settings["init"]
     check_packages(values)
     check_sources(values)
-    if cfg.init and not cfg.resume:
-        check_adapter(cfg.init)
+    if values["init"] and not goes_on:
+        check_adapter(values["init"])
     check_target(cfg.out_dir, folder=True)
-    a_run = cfg.resume or (own.with_name("metrics.jsonl").exists() or steps_of(cfg.out_dir))
+    a_run = cfg.resume or (own.with_name("metrics.jsonl").exists() or steps)
     if own.is_file() and (own.with_name("config.py").exists() or not a_run):
         raise ValueError(f"{own}: is of no run, and the run's would be written over it; choose "
                          "another --out_dir")
+
+
+def check_ranks():
+    """What torchrun tells each of its processes by environment variables: a cluster may have set
+    some of them, or a shell may still have them."""
+    env = os.environ
+    if "RANK" not in env:
+        return
+    cure = "start all ranks with torchrun, or, for this process alone: unset RANK WORLD_SIZE"
+    limits = {"WORLD_SIZE": (1, 1 << 20), "RANK": (0, 1 << 20), "LOCAL_RANK": (0, 1 << 20),
+              "MASTER_PORT": (1, (1 << 16) - 1)}
+    for name, (least, most) in limits.items():
+        value = env.get(name, "0" if name == "LOCAL_RANK" else "")
+        alone = name.startswith("MASTER") and env["WORLD_SIZE"] == "1"
+        if not alone and not (re.fullmatch("[0-9]{1,7}", value) and least <= int(value) <= most):
+            raise ValueError(f"RANK is set, and {name} is {value or 'not set'!r}, expected a whole number from {least}; {cure}")
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    if rank >= world_size:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks count from 0; {cure}")
+    if world_size > 1 and not env.get("MASTER_ADDR"):
+        raise ValueError(f"WORLD_SIZE is {world_size} and MASTER_ADDR, where rank 0 is, not set; {cure}")
 
 
 def check_packages(values):

@@ -83,20 +83,37 @@ class Lock:
             self.thread.join()                      # before its file is closed
         with suppress(OSError):
             if (_read(self.fd) or {}).get("token") == self.me["token"]:
-                self.path.unlink()
+                # Elsewhere if the folder was moved: by now another run may have one of this name.
+                path = Path(self.where() or self.path.parent, self.path.name)
+                if _is_at(path, self.fd):
+                    path.unlink()
             if self.made_folder:
                 self.path.parent.rmdir()            # unless something was written
         os.close(self.fd)
         self.fd = None
 
-    def check(self):
-        """Raises OSError if another process has taken the lock over: this one was taken for gone,
-        such as a machine that slept, and must not write any more."""
-        with suppress(FileNotFoundError):
+    def lost(self):
+        """Why this process must not write here any more, or "": another one has taken over, since
+        this one was taken for gone, such as a machine that slept; or the folder is another one, or
+        none."""
+        folder = self.path.parent
+        try:
             holder = _parse(self.path.read_bytes())
-            if holder and holder.get("token") != self.me["token"]:
-                raise OSError(f"{self.path.parent}: {_describe(holder)} has taken over; nothing "
-                              "was written")
+        except (FileNotFoundError, NotADirectoryError):
+            what = "its lock was removed" if folder.exists() else "was moved or removed"
+            return f"{folder}: {what} while this run was writing here"
+        if holder and holder.get("token") != self.me["token"]:
+            return f"{folder}: {_describe(holder)} has taken over"
+        return ""
+
+    def where(self):
+        """The folder that is this lock's: at its new place if it was moved and the system can tell
+        (Linux), at the old one if nothing is there any more; None if neither is known."""
+        with suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{self.fd}"))    # follows what is renamed
+            if _is_at(path, self.fd) and (_read(self.fd) or {}).get("token") == self.me["token"]:
+                return path.parent
+        return None if os.path.lexists(self.path.parent) else self.path.parent
 
     def refuse_others(self, pattern):
         """Raises ValueError, and releases this lock, if a lock file of another group whose name
@@ -159,7 +176,7 @@ def _try_flock(fd):
 def _is_at(path, fd):
     try:
         there, here = os.stat(path), os.fstat(fd)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 

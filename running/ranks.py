@@ -9,6 +9,7 @@ A rank that keeps the others waiting for cfg.dist_timeout_minutes ends the run: 
 import os
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -121,3 +122,13 @@ def send_from_rank_0(tensors):
         with _together("getting rank 0's adapters"):
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def read_some(loaders, n, device):
+    """The first n batches of each of {name: loader}: {name: list}. Raises ValueError, on all ranks,
+    if there is none on any."""
+    batches = {name: list(islice(loader, n)) for name, loader in loaders.items()}
+    n_batches = torch.tensor(sum(map(len, batches.values())), device=device)
+    if loaders and not sum_over_ranks(n_batches):
+        raise next(iter(loaders.values())).no_clips_error()
+    return batches

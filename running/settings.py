@@ -6,6 +6,7 @@ it does, some may change on the way (MAY_CHANGE) and are said, and all others ch
 and are refused, unless by --resume=changed.
 """
 import copy
+import os
 from pathlib import Path
 
 import config
@@ -66,6 +67,30 @@ def own_settings(out, history, say):
         return kept
 
 
+def begun(cfg, say):
+    """The Config with which a run goes on that was begun and has no step yet: where the command
+    line gives none its own settings, above all the adapter that it was begun from.
+
+    Raises ValueError if they cannot be read."""
+    path = Path(cfg.out_dir, "config.yaml")
+    if not path.is_file():
+        return cfg
+    try:
+        own = flat(config.load([str(path)]))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; or remove it, and the run begins anew") from None
+    now, merged = flat(cfg), copy.deepcopy(cfg)
+    given = now.keys() if cfg.given is None else cfg.given
+    adopted = {name: value for name, value in own.items()
+               if name not in ON_EACH_START | set(given) and now[name] != value}
+    if own["init"] and not cfg.init:
+        adopted["init"] = own["init"]
+    for name, value in adopted.items():
+        _set(merged, name, value)
+    _say_adopted(cfg, adopted, say)
+    return merged
+
+
 def merge(cfg, own, start, ranks, saved_ranks, certain, say):
     """The Config with which a run goes on at step `start`.
 
@@ -85,7 +110,7 @@ def merge(cfg, own, start, ranks, saved_ranks, certain, say):
             merged.milestones = tuple(sorted({*value, *now[name]}))
         else:
             changed[name] = (value, now[name])
-    merged.resume = False
+    merged.resume, merged.init = False, _own_init(cfg, own, start)
     _keep_clips_a_step(merged, own, given, ranks, saved_ranks, say)
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
     clips = own["batch_size"] * own["grad_accum"] * saved_ranks
@@ -102,14 +127,30 @@ def merge(cfg, own, start, ranks, saved_ranks, certain, say):
             f"{'set ' + as_before if as_before else 'choose batch_size and grad_accum so'}; "
             f"--resume=changed changes it from here on, --init={cfg.out_dir}/step_{start} starts "
             "another run from its adapter")
-    if adopted and cfg.given is not None:
-        # What a bare --resume would not show: where the run differs from the recipe.
-        differs = ", ".join(f"{name} {_short(value)}" for name, value in adopted.items())
-        say(f"{cfg.out_dir}: goes on with its own {differs}")
+    _say_adopted(cfg, adopted, say)
     for name, (a, b) in (changed | refused).items():
         say(f"changed from step {start} on: {name} from {_short(a)} to {_short(b)}")
     config.validate(merged)
     return merged
+
+
+def _own_init(cfg, own, start):
+    """The adapter that a run was begun from, "" for none: it has had its effect. Raises ValueError
+    if another one is asked for."""
+    init = own.get("init", cfg.init)            # unknown if its config.yaml is lost
+    if cfg.init and (not init or os.path.realpath(cfg.init) != os.path.realpath(init)):
+        raise ValueError(
+            f"{cfg.out_dir}: was begun {f'from {init}' if init else 'without --init'} and is at "
+            f"step {start}: --init={cfg.init} comes too late; leave it out, or choose another "
+            "--out_dir for a new run from there")
+    return init
+
+
+def _say_adopted(cfg, adopted, say):
+    """What a bare --resume would not show: where the run differs from the recipe."""
+    if adopted and cfg.given is not None:
+        differs = ", ".join(f"{name} {_short(value)}" for name, value in adopted.items())
+        say(f"{cfg.out_dir}: goes on with its own {differs}")
 
 
 def _keep_clips_a_step(merged, own, given, ranks, saved_ranks, say):

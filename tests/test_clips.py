@@ -10,7 +10,8 @@ from scipy.spatial.transform import Rotation
 
 import config
 import droid
-from episodes import clips, crops
+from episodes import clips, crops, plausible
+from episodes.idle import moving_stretches
 from episodes.source import Episode
 from small import (
     SHADE,
@@ -52,8 +53,8 @@ def test_windows_and_idle_stretches():
     velocity = np.cumsum(np.ones((80, 7)), 0)
     velocity[30:40] = velocity[30]                                  # nine steps without a change
     velocity[50:55] = velocity[50]                                  # four: too few to be idle
-    assert clips.moving_stretches(velocity) == [(0, 31 - 10), (40, 80 - 10)]
-    assert clips.moving_stretches(np.zeros((50, 7))) == []
+    assert moving_stretches(velocity) == [(0, 31 - 10), (40, 80 - 10)]
+    assert moving_stretches(np.zeros((50, 7))) == []
 
 
 def test_crop_windows():
@@ -227,9 +228,9 @@ def test_poses_that_no_robot_has_are_found_when_they_are_read(poses, says, capsy
     assert capsys.readouterr().err.startswith(f"left out: place: {says}" if says else "")
     data = data_recipe("x", "--data.drop_idle").data
     moving = np.cumsum(np.full((30, 7), 0.1), 0)
-    assert not clips._fault(replace(one, poses=moving, joint_velocity=moving), data)
+    assert not plausible.fault(replace(one, poses=moving, joint_velocity=moving), data)
     if poses.shape == (30, 7) and "jump" not in says:
-        said = clips._fault(replace(one, poses=moving, joint_velocity=poses), data)
+        said = plausible.fault(replace(one, poses=moving, joint_velocity=poses), data)
         assert said == says.replace("pose", "joint velocity")
 
 

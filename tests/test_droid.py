@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import droid
+import episodes.tf
 import tabletop
 from episodes.clips import Clips
 from parity import SHARED
@@ -282,7 +283,7 @@ def test_without_a_working_tensorflow_it_ends_in_one_line(monkeypatch, error, sa
 def test_who_asks_for_credentials_gets_them_whoever_came_first(monkeypatch):
     pytest.importorskip("tensorflow")
     for user, calls in (("", [True, False, True]), ("", [False, True]), ("TRUE", [True, False])):
-        monkeypatch.setattr(droid, "_without_credentials", not user)
+        monkeypatch.setattr(episodes.tf, "_without_credentials", not user)
         monkeypatch.setenv("NO_GCE_CHECK", user)
         seen = []
         for anonymous in calls:

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Bottom to top: files and folders. A module imports from floors below its own and from its own
 # folder, so that whoever reads upwards from the bottom has seen everything a file builds on.
-FLOORS = ["files", "config", "vjepa2_src", "lora", "model", "analysis", "episodes", "droid", "fast",
-          "running", "latents", "checkpoint", "energy", "train", "export", "tabletop", "toy",
+FLOORS = ["files", "config", "vjepa2_src", "lora", "model", "analysis", "episodes", "running",
+          "droid", "fast", "latents", "checkpoint", "energy", "train", "export", "tabletop", "toy",
           "bench", "tests"]
 USES_FAST = {"fast", "toy", "bench", "tests"}                   # floors
 USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "energy.py"}  # inside functions
