@@ -24,6 +24,7 @@ from tqdm import tqdm
 import config
 import lora
 import model
+from episodes.identity import TRAINED_ON, trained_on, trained_on_file
 from files import free_name, write_file
 from files.sums import SUMS, check_sums, read_sums
 from running import settings
@@ -163,6 +164,10 @@ def _newest_whole(out, resume):
         newest = max(folders)
         raise ValueError(f"{out} already holds step {newest}; go on with --resume or choose "
                          f"another --out_dir (--init={folders[newest]} starts from its adapter)")
+    for path in sorted(Path(out).glob("step_*")):
+        if path.name[5:].isdigit() and not is_step(path):
+            tqdm.write(f"{path}: passed over, as a step's number has no leading zero and no digits "
+                       "but 0 to 9", file=sys.stderr)
     faults = []
     for step, folder in reversed(folders.items()):
         try:
@@ -255,7 +260,8 @@ def check_all_saved(world):
 def position(loader):
     """Where this rank is in its random streams and in the data: taken before a step, it is what
     repeating that step needs."""
-    place = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None}
+    place = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None,
+             "seen": loader.seen}
     if torch.cuda.is_initialized():
         place["cuda_rng"] = torch.cuda.get_rng_state()
     return place
@@ -269,13 +275,18 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
     folder, places = run.out / f"step_{step}", gather_from_ranks(place)
     if dist.is_initialized() and dist.get_rank():
         return folder
+    seen = [place.get("seen") for place in places]
+    places = [{k: v for k, v in place.items() if k != "seen"} for place in places]
     state = {"step": step, "ranks": places, "optimizer": optimizer.state_dict(),
              "optimizer_name": cfg.optimizer, "scaler": scaler.state_dict(),
              "base": predictor.base_fingerprint,
              "history": settings.new_history(run.history, cfg, run.start)}
     buffer = io.BytesIO()
     torch.save(_canonical(state), buffer)
-    contents = lora.adapter_files(predictor, cfg.model.checkpoint) | {"state.pt": buffer.getvalue()}
+    contents = lora.adapter_files(predictor, cfg.model.checkpoint)
+    if None not in seen:                # else it goes on from an adapter that does not know its own
+        contents[TRAINED_ON] = trained_on_file({k: v for one in seen for k, v in one.items()})
+    contents["state.pt"] = buffer.getvalue()
     contents[SUMS] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
                              for name, data in contents.items()).encode()
     lost = run.lock.lost()
@@ -371,6 +382,7 @@ def load(run, cfg, predictor, optimizer, scaler, loader):
                    "clips changes")
     place = saved[rank % len(saved)]
     loader.load_state_dict(place["data"])
+    loader.seen = trained_on(folder)
     torch.set_rng_state(place["rng"])
     if place["cuda_rng"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(place["cuda_rng"])

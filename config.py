@@ -84,6 +84,7 @@ class EnergyConfig:
     pairs: int = 16
     per_episode: int = 2
     min_move: float = 0.01
+    allow_trained: bool = False
     steps: int = 1
     planes: tuple[str, ...] = ("xy", "xz", "yz")
     radius: float = 0.075

@@ -1,5 +1,7 @@
-"""Robot episodes → batches of clips: DROID's TFRecords (RLDS, local or gs://) through tf.data, or
-folders of .npz files.
+"""Robot episodes → batches of clips: DROID's TFRecords (RLDS, local or gs://) through tf.data,
+LeRobot folders, or .npz files.
+
+    python droid.py inspect my_robot/ [RECIPE.yaml] [--data.camera=front]   # what a data set holds
 
     for batch in droid.create_dataloader(cfg, "train"):     # endless; shuffle=False: one pass
         batch["frames"]     # [B, 3, T, S, S] uint8 RGB, T frames, frame_step recorded frames apart
@@ -22,6 +24,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from running import script
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = script.begin("droid.py", __doc__)
 
 import torch
 import torch.distributed as dist
@@ -52,7 +61,7 @@ def create_dataloader(cfg, split="train", shuffle=True):
     Raises ValueError (here or while iterating) with the file or key and the cure."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if shuffle and cfg.data.weights:
-        loaders = [Clips(source, cfg, split, True, *ranks) for source in _open_sets(cfg)]
+        loaders = [Clips(source, cfg, split, True, *ranks) for source in open_sets(cfg)]
         return Mix(loaders, cfg.data)
     return Clips(open_source(cfg), cfg, split, shuffle, *ranks)
 
@@ -60,33 +69,32 @@ def create_dataloader(cfg, split="train", shuffle=True):
 def validation_loaders(cfg):
     """{name of a data set: its validation clips, one pass in order}: losses are told for each."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return {source.label: Clips(source, cfg, "val", False, *ranks) for source in _open_sets(cfg)}
+    return {source.label: Clips(source, cfg, "val", False, *ranks) for source in open_sets(cfg)}
 
 
 def open_source(cfg):
     """The EpisodeSource for data.latents, or else for data.path; several are read as one.
 
     Raises ValueError if there are no files, or for data.keys that they do not have; OSError."""
-    sources = _open_sets(cfg)
+    sources = open_sets(cfg)
     return sources[0] if len(sources) == 1 else Several(sources)
 
 
-def _open_sets(cfg):
+def open_sets(cfg):
     """The EpisodeSource of each data set of cfg.data, with its `label`."""
     sets, sources = config.data_sets(cfg.data), []
     for data, label in zip(sets, labels(sets)):
         one = replace(cfg, data=data)
-        if data.latents:
-            source = StoredLatents(one)
-        elif is_remote(data.path):
-            source = in_thread(_open_files, one)
-        else:
-            source = _open_files(one)
+        source = StoredLatents(one) if data.latents else _open(one)
         source.label = label
         source.survey = survey_of(source)
         source.data = source.survey.data
         sources.append(source)
     return sources
+
+
+def _open(cfg):
+    return in_thread(_open_files, cfg) if is_remote(cfg.data.path) else _open_files(cfg)
 
 
 def _open_files(cfg):
@@ -237,3 +245,13 @@ def _per_step(values, key, n):
         raise ValueError(f"{n} images and {len(numbers)} numbers in {key}, expected the same "
                          "number for each step")
     return numbers.reshape(n, -1)
+
+
+def main(args):
+    """What `python droid.py inspect` runs. args: as for `script.run`."""
+    from episodes import inspection_text
+    script.run("droid.py", __doc__, args, lambda given: inspection_text.run(given, _open))
+
+
+if __name__ == "__main__":
+    main(arguments)

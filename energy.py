@@ -20,7 +20,6 @@ import re
 import sys
 import time
 from contextlib import nullcontext
-from itertools import groupby
 from pathlib import Path
 
 from running import script
@@ -33,7 +32,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 import droid
@@ -43,6 +41,7 @@ from analysis import compare, figures
 from analysis.arrays import check
 from analysis.measures import AXES, metrics  # noqa: F401
 from analysis.planners import GRADIENT_ITERATIONS, GRADIENT_STARTS, cem, gradient_plan
+from episodes.pairs import choose_clips, seen_in_training, true_action
 from episodes.poses import apply_action, pose_deltas
 from episodes.stored import check_store
 from files import write_npz
@@ -128,60 +127,8 @@ def grid(axes, radius, points, others=None):
 # The analysis
 
 def read_clips(cfg):
-    """Validation clips whose first frame is a context and whose frame energy.steps is its goal.
-
-    Returns P dicts with frames [3, T, S, S] uint8 or h [T, N, D], states, actions [T, 7], episode.
-    At most energy.per_episode of an episode, evenly over its length. Raises ValueError if there is
-    none, with the reason."""
-    e = cfg.energy
-    horizon = max(e.steps, e.horizon if e.planners else 1)
-    if cfg.data.clip_frames <= horizon:
-        raise ValueError(f"data.clip_frames {cfg.data.clip_frames} is too few: energy.steps and "
-                         f"energy.horizon look {horizon} frames ahead; set "
-                         f"--data.clip_frames={horizon + 1} or more")
-    if not cfg.data.val_fraction:
-        raise ValueError("data.val_fraction is 0: there is no episode to measure on; "
-                         "--data.val_fraction=1 takes all")
-    loader = droid.create_dataloader(cfg, "val", shuffle=False)
-    chosen, n_still, n_episodes = [], 0, 0
-    for _, clips in groupby(loader.clips(), key=lambda clip: clip["episode"]):
-        clips = list(clips)
-        moving = [clip for clip in clips if _moved(clip["states"], e.steps) >= e.min_move]
-        n_still += len(clips) - len(moving)
-        n_episodes += bool(moving)
-        evenly = np.linspace(0, len(moving) - 1, min(e.per_episode, len(moving)))
-        chosen += [moving[i] for i in evenly.round().astype(int)]
-        if len(chosen) >= e.pairs:
-            break
-    if not chosen and n_still:
-        raise ValueError(f"{cfg.data.path}: in none of {n_still} clips the gripper moves "
-                         f"{100 * e.min_move:g} cm between context and goal; lower "
-                         "--energy.min_move or raise --data.frame_step")
-    if not chosen:
-        raise loader.no_clips_error()
-    few = ""
-    if len(chosen) < e.pairs:
-        few = f" (energy.pairs asks for {e.pairs}; --energy.per_episode takes more of each)"
-    tqdm.write(f"{min(len(chosen), e.pairs)} pairs of {n_episodes} episodes{few}; left out: "
-               f"{n_still} clips that move less than {100 * e.min_move:g} cm; {loader.report()}")
-    return chosen[:e.pairs]
-
-
-def _moved(states, steps):
-    """Metres from the first pose to pose `steps`."""
-    return (states[steps, :3] - states[0, :3]).norm()
-
-
-def true_action(states, steps):
-    """The action that, taken `steps` times, leads from the first pose to pose `steps`.
-
-    states [T, 7] -> [7] float64. Raises ValueError as `pose_deltas`."""
-    delta = pose_deltas(np.asarray(states)[[0, steps]])[0]
-    action = delta / steps
-    # A rotation is divided along its axis: as a rotation vector. Euler angles do not add up.
-    rotation = Rotation.from_euler("xyz", delta[3:6])
-    action[3:6] = Rotation.from_rotvec(rotation.as_rotvec() / steps).as_euler("xyz")
-    return action
+    """Validation clips to measure on: `episodes.pairs.choose_clips`."""
+    return choose_clips(droid.validation_loaders(cfg), cfg)
 
 
 def choose_adapter(predictor, adapter, lora_config):
@@ -233,6 +180,9 @@ def analyse(cfg, adapters, path):
 
     # Everything that depends on the pairs alone; then the encoder's memory is free again.
     clips = read_clips(cfg)
+    seen = seen_in_training(clips, adapters, cfg.energy.allow_trained)
+    names = [f"{name} (trained on {row.sum()} of these {len(row)})" if row.any() else name
+             for name, row in zip(names, seen)]
     h = [clip["h"].to(device).float() if "h" in clip
          else world.encode(clip["frames"][None].to(device))[0] for clip in clips]   # P x [T, N, D]
     world.encoder = encoder = None

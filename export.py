@@ -45,6 +45,8 @@ import config
 import files
 import lora
 import model
+from episodes.npz import NpzFiles
+from episodes.stored import with_frames
 from files.package import verify
 from files.weights import convert
 from running import command_line
@@ -163,6 +165,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
     base model. n_trajectories: clips from validation episodes, at most. overrides: config keys
     over those of the run. Raises ValueError for a folder without these steps or a damaged one."""
     # The other commands need neither matplotlib nor the data loader.
+    import droid
     import energy
     run = Path(run)
     if not (run / "config.yaml").is_file():
@@ -170,18 +173,24 @@ def package(run, steps, n_trajectories, target, overrides=()):
     cfg = config.load([str(run / "config.yaml"), *overrides])
     cfg.energy.pairs = n_trajectories
     # the package holds frames: latents would tie it to one encoder and be larger
+    if cfg.data.latents and not any(o.startswith("--data.path=") for o in overrides):
+        cfg.data = with_frames(cfg.data)
     cfg.data.latents = ""
     predictor = _load_predictor(cfg)
     contents = _pack_adapters(cfg, predictor, run, steps)
     clips = energy.read_clips(cfg)
+    seen = [run / f"step_{step}" for step in steps if (run / f"step_{step}").is_dir()]
+    energy.seen_in_training(clips, seen, cfg.energy.allow_trained)
     for i, clip in enumerate(clips):
         contents[f"trajectories/{i:03d}.npz"] = _pack_trajectory(clip)
     contents |= {name: (PROJECT / name).read_bytes() for name in source_files()}
     contents["config.yaml"] = config.dump(_config_in_package(cfg)).encode()
+    about = [_about(source) for source in droid.open_sets(cfg)]
     manifest = {
         "base_fingerprint": predictor.base_fingerprint, "base": cfg.model.checkpoint,
         "steps": steps, "trajectories": len(clips),
-        "recorded_frames_per_step": cfg.data.frame_step, "camera": cfg.data.camera,
+        "recorded_frames_per_step": about[0]["recorded_frames_per_step"],
+        "camera": about[0].get("camera", ""), "data": about,
         "made": time.strftime("%Y-%m-%d %H:%M:%S"),
         "bytes": {name: len(data) for name, data in contents.items()},
         "sha256": {name: _sha256(data) for name, data in contents.items()}}
@@ -195,6 +204,16 @@ def package(run, steps, n_trajectories, target, overrides=()):
     verify(target)
     return (f"{target}: {_size(target)}; adapters of steps {', '.join(map(str, steps))}, "
             f"{len(clips)} trajectories, the notebook")
+
+
+def _about(source):
+    """What a manifest says of a data set."""
+    data = source.data
+    about = {"path": str(data.path), "recorded_frames_per_step": data.frame_step,
+             "recorded_fps": data.fps, "val_fraction": data.val_fraction,
+             "val_episodes": list(data.val_episodes)}
+    # .npz files hold one camera, without a name
+    return about if isinstance(source, NpzFiles) else about | {"camera": data.camera}
 
 
 def _pack_adapters(cfg, predictor, run, steps):
@@ -230,7 +249,9 @@ def _config_in_package(cfg):
     """The run's config for where the package is unpacked. Its trajectories are clips already:
     cropped, one recorded frame per step, and all of them for validation."""
     data = replace(cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1,
-                   val_fraction=1.0, drop_idle=False)
+                   val_fraction=1.0, val_episodes=(), drop_idle=False, weights=(), camera="",
+                   step_seconds=0.0, fps=0.0, rotation="euler_xyz", position_scale=1.0,
+                   pose_slice="", gripper=config.GripperConfig())
     return replace(cfg, out_dir="results", resume=False, init="", debug=False, gcs_dir="",
                    device="", memory=0.0, data=data)
 

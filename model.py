@@ -14,9 +14,14 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import sys
 from functools import lru_cache, partial
 from pathlib import Path
+
+
+if __name__ == "__main__":          # Ctrl-C ends the imports below, of seconds, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn as nn

@@ -32,6 +32,7 @@ import config
 import droid
 import lora
 import model
+from episodes.identity import trained_on
 from episodes.stored import check_store
 from running import ranks
 from running.checks import check_training
@@ -114,6 +115,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
 
     # Data. The validation batches are the same ones each time.
     loader = droid.create_dataloader(cfg, "train")
+    if cfg.init and not start:
+        loader.seen = trained_on(cfg.init)
     val_loaders = droid.validation_loaders(cfg) if cfg.val_every else {}
     val_batches = ranks.read_some(val_loaders, cfg.val_batches, device)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from episodes import plausible
+from episodes.identity import of_poses
 from episodes.idle import moving_stretches
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
@@ -116,6 +117,8 @@ class Clips:
         self.n_windows = -(-len(self.files) // FILES_PER_WINDOW)        # in an epoch
         self.tally = Tally(cfg.data, split)
         self.names = []             # of the last batch: "episode @ first recorded frame (location)"
+        self.seen = {}              # {identity: name} of the episodes of all batches so far; None
+                                    # where those of the adapter from which it began are not known
         # Whether the run is to stop: a function that is asked while batches are waited for.
         self.leave = bool
         # The next clip. round: its shuffle window, counted on over all epochs; index: its place in
@@ -135,8 +138,11 @@ class Clips:
         and actions [B, T, 7] float32."""
         if not self.shuffle:
             self.state = {"round": 0, "index": 0, "count": 0}
-        for batch, state, names in prefetch(self._batches(), BATCHES_AHEAD, self._while_waiting):
-            self.state, self.names = state, names
+        batches = prefetch(self._batches(), BATCHES_AHEAD, self._while_waiting)
+        for batch, state, self.names, episodes in batches:
+            self.state = state
+            if self.seen is not None and not episodes.keys() <= self.seen.keys():
+                self.seen = self.seen | episodes
             yield collate(batch, self.pin_memory)
 
     def _while_waiting(self, seconds):
@@ -149,19 +155,20 @@ class Clips:
         B, and with the name of the `episode`."""
         for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
             clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | {"episode": episode.name}
+            yield clip | {"episode": episode.name, "identity": of_poses(episode.poses)}
 
     def _batches(self):
-        """Yields (list of clips, the state after them, their names)."""
-        batch, names = [], []
+        """Yields (list of clips, the state after them, their names, {identity: episode})."""
+        batch, names, episodes = [], [], {}
         for state, clip, episode, start in self._decoded_clips(self.state):
             batch.append(clip)
             names.append(f"{episode.name} @ {start} ({episode.location})")
+            episodes[of_poses(episode.poses)] = episode.name
             if len(batch) == self.batch_size:
-                yield batch, state, names
-                batch, names = [], []
+                yield batch, state, names, episodes
+                batch, names, episodes = [], [], {}
         if batch:
-            yield batch, state, names
+            yield batch, state, names, episodes
 
     def _decoded_clips(self, state):
         """This rank's clips from a state on: yields (the state after it, clip, Episode without

@@ -128,4 +128,4 @@ def _width_fault(pose, gripper, data, width):
 def looks_like_quaternion(numbers):
     """Whether numbers [n, 4] have norm 1 in every row, which Euler angles and a gripper do not."""
     return len(numbers) > 0 and bool(
-        (abs(np.linalg.norm(np.asarray(numbers, np.float64), axis=1) - 1) < 1e-3).all())
+        (abs(np.linalg.norm(np.asarray(numbers, np.float64), axis=1) - 1) < 5e-3).all())

@@ -1,13 +1,18 @@
-"""What a file was when it was read: to see later that it has changed.
+"""What a file was when it was read, to see later that it has changed; and which recordings an
+adapter has seen.
 
     known = identity("episode_0.npz")           # {"path", "size", "mtime_ns", "sha256"}
     has_changed(known)                          # of another size, or with other bytes
 """
 import hashlib
+import json
 import os
 from functools import lru_cache
 
+import numpy as np
+
 from episodes.retry import is_remote
+from files.reading import check_fields, read_json
 
 
 def identity(path, stat=None):
@@ -45,3 +50,32 @@ def has_changed(known, stat=None):
 def _sha256(path, *_):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Which recordings an adapter was trained on: trained_on.json beside it
+
+TRAINED_ON = "trained_on.json"
+
+
+def of_poses(poses):
+    """Tells recordings apart, whatever their file, camera or format is: 16 hexadecimal digits of
+    poses [n, 7]. Rounded to 0.1 mm, since formats keep numbers of different precision."""
+    rounded = np.round(np.asarray(poses, np.float64) * 1e4).astype(np.int64)
+    return hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
+
+
+def trained_on_file(episodes):
+    """The bytes of trained_on.json. episodes: {`of_poses`: name}."""
+    return json.dumps({"episodes": dict(sorted(episodes.items()))}, indent=0).encode()
+
+
+def trained_on(folder):
+    """{`of_poses`: name} of the episodes that an adapter in a folder was trained on, None if that
+    is not known: an adapter of an earlier version, or from elsewhere. Raises ValueError."""
+    path = os.path.join(folder, TRAINED_ON)
+    try:
+        content = read_json(path, limit=1 << 30)
+    except FileNotFoundError:
+        return None
+    check_fields(content, {"episodes": {str: str}}, path)
+    return content["episodes"]

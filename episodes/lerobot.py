@@ -240,22 +240,19 @@ class LeRobotFiles:
         """Frames of an episode by their numbers, cropped: [T, S, S, 3] uint8. Raises ValueError."""
         if numbers[-1] >= images.n:
             raise ValueError(f"frame {numbers[-1]} of {images.n}")
-        cropped = torch.empty(len(numbers), self.size, self.size, 3, dtype=torch.uint8)
-        read = self._video_pixels if self.is_video else self._image_pixels
+        read, cropped, block = self._video_pixels if self.is_video else self._image_pixels, [], []
         try:
             if self.is_video and self.data.check:
                 self._check_picture(images)
-            block, n = [], 0
-            for pixels in read(images, numbers):
+            for i, pixels in enumerate(read(images, numbers), start=1):
                 block.append(pixels)
-                if len(block) == BLOCK or n + len(block) == len(numbers):
-                    frames = crop_frames(np.stack(block), self.data.crop, self.size)
-                    cropped[n:n + len(block)] = frames
-                    block, n = [], n + len(block)
+                if len(block) == BLOCK or i == len(numbers):
+                    cropped.append(crop_frames(np.stack(block), self.data.crop, self.size))
+                    block = []
         except (ValueError, OSError) as error:
             self.videos.drop(images.path)
             raise ValueError(str(error).removeprefix(f"{self.path}/")) from None
-        return cropped
+        return cropped[0] if len(cropped) == 1 else torch.cat(cropped)
 
     def _check_picture(self, images):
         """Compares the first episode that is read of a video with its statistics. Raises ValueError

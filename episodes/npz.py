@@ -10,6 +10,7 @@ recordings are cut into several files.
 """
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class NpzFiles:
     def __init__(self, files, data, size):
         """size: of the frames, in pixels. Raises ValueError for data.drop_idle."""
         self.files, self.size, self._names = files, size, None
-        self.data = with_rate(data, _first_fps(files), Path(files[0]).parent)
+        self.data = with_rate(data, _usual_fps(files), Path(files[0]).parent)
         if data.drop_idle:
             raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do "
                              "not hold; set it to false")
@@ -186,15 +187,17 @@ def _read_name(npz):
         raise ValueError(f"episode is {shown(name)}, expected text in UTF-8") from None
 
 
-def _first_fps(files):
-    """`fps` of the first file that can be read, 0 if it has none."""
-    for file in files[:8]:
+def _usual_fps(files):
+    """The most common `fps` of the first files that can be read, 0 if none has one."""
+    rates = Counter()
+    for file in files[:32]:
         try:
             with open_npz(file) as npz:
-                return _read_fps(npz)
+                rates[_read_fps(npz)] += 1
         except (ValueError, OSError):
             continue
-    return 0.0
+    del rates[0.0]
+    return rates.most_common(1)[0][0] if rates else 0.0
 
 
 def _read_fps(npz):

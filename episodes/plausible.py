@@ -4,15 +4,19 @@ end in numbers that mean nothing.
 `fault` looks at each episode, `examine` at the first ones of a data set; data.check turns both off.
 """
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from episodes.conversion import looks_like_quaternion
 
 
 LARGEST = 1e4           # m, rad or rad/s: what is larger was never measured on a robot
 REACH = 3.0             # m: no arm on a table reaches further from its base
+ARM = 0.9               # m: the reach of a Franka arm
+TURNS = 2 * np.pi + 0.1 # rad: Euler angles lie within a turn, from -π to π or from 0 to 2π
 JUMP = 0.2, 2.0         # m, m/s: the larger one of the two is the most between two frames
+TURN = 1.5, 12.0        # rad, rad/s: the same. Real episodes have 0.03 m and 0.07 rad at 15 Hz
 NEAR = 0.1              # m: a gripper that is never further from its base is none
-WIDTH = 0.12            # m: the widest that grippers open
+WIDTH = 0.12            # m: the widest that grippers open; noise of one that stays shut is less
 FLAT = 4                # levels of 255: what differs less shows nothing
 
 # Standard deviations of a move along x y z in DROID, in m: of 4 and of 15 recorded frames (0.27 s
@@ -41,8 +45,8 @@ def fault(episode, data):
 
 
 def path_fault(poses, data):
-    """What no robot can have done in poses [n, 7], or "": a jump, or poses that are all zeros, as
-    in what pads an episode to a length."""
+    """What no robot can have done in poses [n, 7], or "": a jump, numbers in another unit, or poses
+    that are all zeros, as in what pads an episode to a length."""
     if not data.check or len(poses) < 2:
         return ""
     zeros = ~poses[:, :6].any(axis=1)
@@ -50,11 +54,26 @@ def path_fault(poses, data):
     if padded.any() and not zeros.all():
         return (f"its pose is all zeros from step {int(padded.argmax())} on: padding? cut it off, "
                 "or set --data.check=false")
-    moves = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1)
-    most, step = max(JUMP[0], JUMP[1] / (data.fps or 15)), int(moves.argmax())
-    if moves[step] > most:
-        return (f"a jump of {moves[step]:.2g} m from step {step} to {step + 1}: are poses missing "
-                "or padded? (--data.check=false takes it)")
+    fps = data.fps or 15
+    position = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1)    # [n - 1] m
+    rotation = Rotation.from_euler("xyz", poses[:, 3:6])
+    rotation = (rotation[1:] * rotation[:-1].inv()).magnitude()         # [n - 1] rad
+    for moves, (least, speed), unit in ((position, JUMP, "m"), (rotation, TURN, "rad")):
+        step = int(moves.argmax())
+        if moves[step] > max(least, speed / fps):
+            return (f"a jump of {moves[step]:.2g} {unit} from step {step} to {step + 1}: are poses "
+                    f"missing or padded, or is the rate not {fps:g} Hz (--data.fps)? "
+                    "(--data.check=false takes it)")
+    # One episode among others: of a whole data set `examine` says what the unit may be.
+    for what, values, limit in (("positions", abs(poses[:, :3]).max(axis=1), REACH),
+                                ("rotations", abs(poses[:, 3:6]).max(axis=1), TURNS)):
+        if np.median(values) > limit:
+            return (f"its {what} reach {values.max():.3g}: another unit than metres and radians? "
+                    "(--data.check=false takes it)")
+    low, high = poses[:, 6].min(), poses[:, 6].max()
+    if low < -0.5 or high > 4:
+        return (f"its gripper lies in {low:.3g} to {high:.3g}, and 0 to 1 is expected "
+                "(--data.check=false takes it)")
     return ""
 
 
@@ -70,19 +89,33 @@ def frame_fault(frames):
     return ""
 
 
+def frozen(frames):
+    """Whether nothing changes in frames [3, T, S, S] uint8."""
+    return bool((frames == frames[:, :1]).all())
+
+
 def examine(poses, names, data):
     """What is wrong with the first episodes of a data set, and what may be -> (errors, notes), each
     a line with the number, its range, what it looks like and the setting that converts it.
 
     poses: a list of [n, 7] as converted; names: of these episodes."""
-    every = np.concatenate([p for p in poses if len(p)] or [np.zeros((0, 7))])
-    if not len(every):
+    poses = [p for p in poses if len(p)]
+    if not poses:
         return [], []
-    errors, notes = [], []
-    _examine_positions(every[:, :3], data, errors)
-    _examine_rotations(every, data, errors)
-    _examine_gripper(every[:, 6], [p[0, 6] for p in poses if len(p)], data, errors, notes)
-    _examine_moves(poses, errors)
+    every, notes = np.concatenate(poses), []
+    # What explains the others comes first, and alone.
+    errors = _quaternion(every, data) or _no_poses(poses, data)
+    if not errors:
+        errors = _positions(every[:, :3], data) + _rotations(every[:, 3:6], data)
+        errors += _gripper(every[:, 6], [p[0, 6] for p in poses], data, notes)
+    if "action" in data.keys.pose:
+        notes.append(f"poses are read from {data.keys.pose}, which are commands: the arm is where "
+                     "they say only later, and actions come from the observed poses elsewhere; "
+                     "see --data.keys.pose")
+    extent = np.ptp(np.quantile(every[:, :3], [0.01, 0.99], axis=0), axis=0).max()
+    if not errors and extent > 2 * ARM:
+        notes.append(f"the gripper moves through {extent:.2g} m, more than an arm reaches: joint "
+                     "angles instead of poses, or another unit such as feet?")
     if len(names) > 2 and len(set(names)) == 1:
         notes.append(f"all {len(names)} episodes are named {names[0]!r}, and the name decides the "
                      "split: set --data.keys.episode= to another key, or to nothing")
@@ -93,74 +126,117 @@ def _range(values):
     return f"{values.min():.3g} to {values.max():.3g}"
 
 
-def _examine_positions(xyz, data, errors):
-    largest = np.quantile(abs(xyz), 0.99)
+def _quaternion(poses, data):
+    for i in range(4):
+        if data.rotation == "euler_xyz" and looks_like_quaternion(poses[:, i:i + 4]):
+            columns = "" if i == 3 else ", the columns with --data.pose_slice"
+            return [f"numbers {i + 1} to {i + 4} of the pose's 7 have norm 1: a quaternion? then "
+                    f"--data.rotation=quat_xyzw or quat_wxyz{columns}, and the gripper with "
+                    "--data.keys.gripper or as an 8th number"]
+    return []
+
+
+def _no_poses(poses, data):
+    """Whether these are other numbers than poses, by how they change."""
+    other = next((word for word in ("velocity", "joint") if word in data.keys.pose), "")
+    if other:
+        return [f"data.keys.pose is {data.keys.pose}: a {other} is no pose; choose another "
+                "--data.keys.pose"]
+    still = [p for p in poses if not np.ptp(p[:, :6], axis=0).any()]
+    if len(still) > len(poses) / 2 and sum(map(len, still)) >= 60:
+        return [f"the pose never changes in {len(still)} of {len(poses)} episodes: is "
+                "--data.keys.pose the right one?"]
+    # A path changes little from step to step beside what it changes in all, and numbers that tell
+    # of changes become positive and negative again and again, in all directions.
+    ratios, crossings, shares = [], [], []
+    for p in poses:
+        x = p[:, :6]
+        if len(x) < 20 or not np.ptp(x[:, :3], axis=0).any():
+            continue
+        steps = np.diff(x, axis=0)
+        ratios.append(np.sqrt((steps[:, :3] ** 2).mean(axis=0).sum() / x[:, :3].var(axis=0).sum()))
+        through_zero = ((x[1:] * x[:-1] < 0) & (abs(steps) < np.pi)).sum(axis=0)
+        crossings.append(through_zero[np.ptp(x, axis=0) > 0].min())
+        shares.append(crossings[-1] / len(x))
+    is_noise = bool(ratios) and np.median(ratios) > 1.1
+    if is_noise or ratios and np.median(crossings) >= 4 and np.median(shares) > 0.02:
+        xyz = np.concatenate(poses)[:, :3]
+        what = ("change from one step to the next by more than they spread" if is_noise else
+                "go through zero again and again in all directions")
+        return [f"positions (numbers 1 to 3 of the pose, {_range(xyz)}) {what}, which is no path: "
+                "an action or a velocity instead of a pose? then choose --data.keys.pose, or store "
+                "poses"]
+    return []
+
+
+def _positions(xyz, data):
+    """xyz: [n, 3]"""
+    largest, lie = np.quantile(abs(xyz), 0.99), f"lie in {_range(xyz)}"
     if largest > REACH:
-        unit, scale = ("millimetres", 0.001) if largest > 150 else ("centimetres", 0.01)
-        scale *= data.position_scale
-        errors.append(f"positions (numbers 1 to 3 of the pose) lie in {_range(xyz)}, and metres "
-                      f"are expected: {unit}? then --data.position_scale={scale:g}")
-    elif 0 < abs(xyz).max() < NEAR:
-        errors.append(f"positions lie in {_range(xyz)} m, never more than {100 * NEAR:g} cm from "
-                      "the robot's base: moves (an action) instead of poses? then choose "
-                      "--data.keys.pose; another unit? then --data.position_scale")
+        scale, unit = ((0.001, "millimetres") if largest > 150 else
+                       (0.01, "centimetres (inches: 0.0254)") if largest > 12 else
+                       (0.1, "decimetres (feet: 0.3048)"))
+        return [f"positions (numbers 1 to 3 of the pose) {lie}, and metres are expected: {unit}? "
+                f"then --data.position_scale={scale * data.position_scale:g}; joint angles or "
+                "other numbers? then --data.keys.pose or --data.pose_slice"]
+    if 0 < abs(xyz).max() < NEAR:
+        return [f"positions {lie} m, never more than {100 * NEAR:g} cm from the robot's base: "
+                "moves (an action) instead of poses? then choose --data.keys.pose; another unit? "
+                "then --data.position_scale"]
+    return []
 
 
-def _examine_rotations(poses, data, errors):
-    angles = poses[:, 3:6]
-    if data.rotation == "euler_xyz" and looks_like_quaternion(poses[:, 3:7]):
-        errors.append("the last four of the pose's 7 numbers have norm 1: a quaternion? then "
-                      "--data.rotation=quat_xyzw or quat_wxyz, and name the gripper with "
-                      "--data.keys.gripper or give it as an 8th number")
-    elif data.rotation == "euler_xyz" and abs(angles).max() > 2 * np.pi + 0.1:
-        errors.append(f"rotations lie in {_range(angles)}, and radians are expected: degrees? then "
-                      "--data.rotation=degrees")
-    elif data.rotation == "degrees" and abs(angles).max() < 0.12:
-        errors.append("rotations are less than 7 degrees: radians? then --data.rotation=euler_xyz")
+def _rotations(angles, data):
+    """angles: [n, 3]"""
+    largest, lie = abs(angles).max(), "rotations (numbers 4 to 6 of the pose) lie in"
+    if data.rotation == "euler_xyz" and largest > TURNS:
+        return [f"{lie} {_range(angles)}, and radians are expected: degrees? then "
+                "--data.rotation=degrees"]
+    if data.rotation == "degrees" and 1 < np.rad2deg(largest) < 3.2:
+        return [f"{lie} {_range(np.rad2deg(angles))}, less than 4 degrees: radians? then "
+                "--data.rotation=euler_xyz"]
+    # Within half a turn, as the second Euler angle is whoever computes it.
+    pitch = abs((angles[:, 1] + np.pi) % (2 * np.pi) - np.pi)
+    if data.rotation == "euler_xyz" and (pitch > np.pi / 2 + 0.1).mean() > 0.02:
+        return [f"{lie} {_range(angles)}, and number 5 beyond ±π/2, where no second Euler angle "
+                "is: a rotation vector? then --data.rotation=rotvec; joint angles or other "
+                "numbers? then --data.keys.pose or --data.pose_slice"]
+    return []
 
 
-def _examine_gripper(gripper, first, data, errors, notes):
+def _gripper(gripper, first, data, notes):
+    """gripper: [n]; first: of each episode"""
     low, high, expected = gripper.min(), gripper.max(), "and 0 (open) to 1 (closed) is expected"
     if data.gripper.invert:
         # what was recorded
         low, high = 1 - high, 1 - low
-    lies = f"the gripper's number lies in {low:.3g} to {high:.3g}, {expected}"
-    scale = data.gripper.scale
+    lies = f"the gripper's number (the last) lies in {low:.3g} to {high:.3g}, {expected}"
+    scale, invert = data.gripper.scale, "--data.gripper.invert=true if the largest is open"
+    if high == low:
+        notes.append(f"the gripper's number is {high:g} in all of the first episodes")
     if low < -0.05:
-        what = "-1 to 1? store (1 + it) / 2" if low >= -1.05 and high <= 1.05 else "a sign?"
-        errors.append(f"{lies}: {what}; see --data.gripper.scale and --data.gripper.invert")
-    elif high > 1.05:
-        if high > 110 and high < 260:
-            what, factor = "0 to 255", 1 / 255
-        elif high > 260:
-            what, factor = "0 to 1000", 1 / 1000
-        else:
-            what, factor = "percent, or a width in millimetres", 1 / (100 if high > 90 else high)
-        errors.append(f"{lies}: {what}? then --data.gripper.scale={scale * factor:.4g}, and "
-                      "--data.gripper.invert=true if the largest is open")
-    elif high <= WIDTH and high - low > 0.005:
-        widest = 0.04 if high <= 0.042 else 0.08 if high <= 0.085 else high
-        errors.append(f"{lies}: a width in metres? then --data.gripper.scale="
-                      f"{scale / widest:.4g} --data.gripper.invert=true")
-    elif np.median(first) > 0.5:
+        what = ("-1 to 1? store (1 + it) / 2" if low >= -1.05 and high <= 1.05 else
+                "another number? choose with --data.pose_slice or --data.keys.gripper")
+        return [f"{lies}: {what}; see --data.gripper.scale and --data.gripper.invert"]
+    if high > 1.05:
+        what, most = (("more than 0 to 1000", high) if high > 1100 else
+                      ("0 to 1000", 1000) if high > 260 else ("0 to 255", 255) if high > 150 else
+                      ("percent", 100) if 90 < high < 101 else ("a width in millimetres", high)
+                      if high > 3.2 else ("an angle in radians", high))
+        return [f"{lies}: {what}? then --data.gripper.scale={scale / _widest(most, 1):.4g}, and "
+                f"{invert}"]
+    if high <= WIDTH and high - low > 0.015:
+        return [f"{lies}: a width in metres? then --data.gripper.scale="
+                f"{scale / _widest(high, 1e-3):.4g} --data.gripper.invert=true (without invert "
+                "if the largest is closed)"]
+    if np.median(first) > 0.5:
         notes.append(f"the gripper starts at {np.median(first):.2g} in most episodes, and 1 is "
                      "closed here: is 1 open in these data? then --data.gripper.invert="
                      f"{str(not data.gripper.invert).lower()}")
-    if high == low:
-        notes.append(f"the gripper's number is {high:g} in all of the first episodes")
+    return []
 
 
-def _examine_moves(poses, errors):
-    long = [p[:, :3] for p in poses if len(p) >= 20]
-    still = [p for p in poses if len(p) > 1 and not np.ptp(p[:, :6], axis=0).any()]
-    if len(still) > max(2, len(poses) / 2):
-        errors.append(f"the pose never changes in {len(still)} of {len(poses)} episodes: is "
-                      "--data.keys.pose the right one?")
-        return
-    # Of a pose, what changes from step to step is small beside what changes in an episode.
-    ratios = [np.sqrt((np.diff(p, axis=0) ** 2).mean(axis=0).sum() / p.var(axis=0).sum())
-              for p in long if p.var(axis=0).sum() > 0]
-    if ratios and np.median(ratios) > 0.7:
-        errors.append(f"positions change by {np.median(ratios):.0%} of their spread from one step "
-                      "to the next, which is no path: an action or a velocity instead of a pose? "
-                      "then choose --data.keys.pose")
+def _widest(high, millimetre):
+    """What a gripper's widest opening may be that was seen to open as far as `high`."""
+    known = [width * millimetre for width in (40, 80, 85, 100)]
+    return next((width for width in known if 0.9 * width <= high <= 1.05 * width), high)

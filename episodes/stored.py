@@ -305,3 +305,18 @@ def all_finite(h):
     """Whether latents of any shape are; several times as fast as isfinite() of each, which matters
     for every clip."""
     return torch.stack(h.aminmax()).isfinite().all()
+
+
+def with_frames(data):
+    """The DataConfig of what stored latents were made from: to read frames where a run was trained
+    on latents. Raises ValueError."""
+    if not data.latents:
+        return data
+    paths = [read_store(one.latents).get("path", one.path) for one in config.data_sets(data)]
+    if not isinstance(data.path, tuple):
+        return replace(data, latents="", path=paths[0])
+    if len(paths) == len(data.path):            # else cameras, which share a path
+        items = [{**item, "path": path} if isinstance(item, dict) else path
+                 for item, path in zip(data.path, paths)]
+        data = replace(data, path=tuple(items))
+    return replace(data, latents="")

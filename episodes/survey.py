@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from episodes import plausible
-from episodes.clips import in_split, usable_starts
+from episodes.clips import clip_span, in_split, usable_starts
 from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
 
@@ -108,23 +108,25 @@ def _look(source):
     data = source.data
     files, exact = _chosen(source)
     survey = Survey(data, source.label, exact)
-    images, named = [], []
+    images, sound, odd, reasons = [], [], [], Counter()
     for file in files:
         for episode in source.episodes(file):
             if isinstance(episode, DamagedEpisode):
                 survey.status["damaged"] += episode.lost
+                reasons[episode.reason] += episode.lost
                 continue
             status, starts = usable_starts(episode, data)
             if isinstance(status, DamagedEpisode):
+                reasons[status.reason] += 1
                 status = "damaged"
             survey.status[status] += 1
             if status == "used":
                 survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
-            poses = episode.poses
-            if len(survey.poses) < SAMPLE and poses.ndim == 2 and poses.shape[1] == 7 and (
+            # One of another unit is left out; if most are, that unit is to be named.
+            some, poses = odd if status == "damaged" else sound, episode.poses
+            if len(some) < SAMPLE and poses.ndim == 2 and poses.shape[1] == 7 and (
                     np.isfinite(poses).all()):
-                survey.poses.append(poses)
-                named.append(episode.name)
+                some.append(episode)
                 if status == "used" and source.key == "frames" and len(images) < SAMPLE // 2:
                     images.append((episode, starts[len(starts) // 2]))
             if not exact and sum(survey.status.values()) >= SAMPLE:
@@ -132,8 +134,14 @@ def _look(source):
         if not exact and sum(survey.status.values()) >= SAMPLE:
             break
     survey.total = max(sum(survey.status.values()), _expected(source))
+    looked_at = sound if len(sound) >= len(odd) else odd
+    survey.poses = [episode.poses for episode in looked_at]
     if data.check:
-        _check(source, survey, named, images)
+        _check(source, survey, [episode.name for episode in looked_at], images)
+    if exact and reasons and sum(reasons.values()) == sum(survey.status.values()):
+        reason, n = reasons.most_common(1)[0]
+        raise ValueError(f"{data.path}: none of {sum(reasons.values())} episodes can be used; {n} "
+                         f"of them: {reason}")
     survey.data = _with_validation(survey)
     return survey
 
@@ -157,15 +165,20 @@ def _expected(source):
 
 def _check(source, survey, names, images):
     errors, survey.notes = plausible.examine(survey.poses, names, survey.data)
-    faults = []
+    faults, still = [], []
     for episode, start in images:
         try:
             frames = source.decode(source.gather(episode.images, start))
-            faults.append(plausible.frame_fault(frames))
         except ValueError:
             continue                            # said when the episode is read
+        faults.append(plausible.frame_fault(frames))
+        span = episode.poses[start:start + clip_span(survey.data)]
+        still.append(plausible.frozen(frames) and np.ptp(span[:, :3], axis=0).max() > 0.05)
     if faults and all(faults):
         errors.append(f"the images of the first {len(faults)} episodes are wrong: {faults[0]}")
+    elif len(still) > 1 and all(still):
+        errors.append(f"the images of the first {len(still)} episodes never change while the "
+                      "gripper moves: is it the right camera?")
     if errors:
         raise ValueError(f"{survey.data.path}: {'; '.join(errors)}; --data.check=false takes the "
                          "data as they are")

@@ -80,6 +80,11 @@ class Video:
         self.frame = self.packets = None
         self.container.close()
 
+    def __del__(self):
+        # With its thread, at once: PyAV's objects wait for the garbage collector.
+        if "container" in vars(self):
+            self.close()
+
     @cached_property
     def times(self):
         """Of its frames, ascending, in seconds [n], by its list of frames."""

@@ -175,7 +175,8 @@ def _check_tensors(folder, config, kinds):
             raise ValueError(f"{folder}: tensor {printable(name)} is {dtype}, expected floating "
                              "point")
         layers.setdefault(found[1], {})[found[2]] = shape
-    r, targets = config["r"], config.get("target_modules")
+    r, targets, numbers = (config.get(k) for k in ("r", "target_modules", "layers_to_transform"))
+    numbers = [numbers] if type(numbers) is int else numbers
     if not layers:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no tensors; copy it again")
     for layer, shapes in layers.items():
@@ -192,3 +193,9 @@ def _check_tensors(folder, config, kinds):
                 layer == target or layer.endswith(f".{target}") for target in targets):
             raise ValueError(f"{folder}: has tensors of layer {printable(layer)}, which its "
                              f"target_modules {shown(targets)} do not name; copy the adapter again")
+        # PEFT takes the first number in a name for the layer's, unless a target is the whole name
+        number = next((int(part) for part in layer.split(".") if part.isdecimal()), None)
+        if isinstance(targets, list) and layer not in targets and numbers and number not in numbers:
+            raise ValueError(f"{folder}: has tensors of layer {printable(layer)}, which its "
+                             f"layers_to_transform {shown(numbers)} leaves out; copy the adapter "
+                             "again")

@@ -4,8 +4,10 @@ PyTorch, TensorFlow or a model is loaded. Each raises ValueError with the cure.
 In `values`, {dotted name: value}, are all keys of a Config.
 """
 import os
+import re
 import tempfile
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import config
@@ -40,24 +42,31 @@ def check_training(cfg):
 
 
 def check_ranks():
-    """What torchrun tells each of its processes by environment variables: a cluster may have set
-    some of them, or a shell may still have them."""
-    env = os.environ
-    if "RANK" not in env:
-        return
-    cure = "start all ranks with torchrun, or, for this process alone: unset RANK WORLD_SIZE"
-    limits = {"WORLD_SIZE": (1, 1 << 20), "RANK": (0, 1 << 20), "LOCAL_RANK": (0, 1 << 20),
-              "MASTER_PORT": (1, (1 << 16) - 1)}
-    for name, (least, most) in limits.items():
-        value = env.get(name, "0" if name == "LOCAL_RANK" else "")
-        alone = name.startswith("MASTER") and env["WORLD_SIZE"] == "1"
-        if not alone and not (re.fullmatch("[0-9]{1,7}", value) and least <= int(value) <= most):
-            raise ValueError(f"RANK is set, and {name} is {value or 'not set'!r}, expected a whole number from {least}; {cure}")
-    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    if rank >= world_size:
-        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks count from 0; {cure}")
-    if world_size > 1 and not env.get("MASTER_ADDR"):
-        raise ValueError(f"WORLD_SIZE is {world_size} and MASTER_ADDR, where rank 0 is, not set; {cure}")
+    """What torchrun tells each process by environment variables: a cluster may set some of them, or
+    a shell may still have them."""
+    fault = _fault_of_ranks(os.environ) if "RANK" in os.environ else ""
+    if fault:
+        raise ValueError(f"the environment variable RANK is set, but {fault}; start all processes "
+                         "with torchrun, or this one alone after: unset RANK WORLD_SIZE LOCAL_RANK")
+
+
+def _fault_of_ranks(env):
+    numbers = {}
+    for name, least, most in (("RANK", 0, 1 << 20), ("WORLD_SIZE", 1, 1 << 20),
+                              ("LOCAL_RANK", 0, 1 << 20), ("MASTER_PORT", 1, (1 << 16) - 1)):
+        # Not all launchers set it, and a process alone needs no meeting place.
+        if name == "LOCAL_RANK" and name not in env:
+            continue
+        if name == "MASTER_PORT" and numbers["WORLD_SIZE"] == 1:
+            return ""
+        if not re.fullmatch("[0-9]{1,7}", env.get(name, "")):
+            return f"{name} is {repr(env[name])[:60] if name in env else 'not set'}"
+        numbers[name] = int(env[name])
+        if not least <= numbers[name] <= most:
+            return f"{name} is {numbers[name]}"
+        if name == "WORLD_SIZE" and numbers["RANK"] >= numbers["WORLD_SIZE"]:
+            return "RANK is {RANK} and WORLD_SIZE {WORLD_SIZE}".format(**numbers)
+    return "" if env.get("MASTER_ADDR", "").strip() else "MASTER_ADDR, of rank 0, is not set"
 
 
 def check_packages(values):
@@ -75,20 +84,35 @@ def _is_installed(package):
 
 
 def check_sources(values):
-    """The data, the base model, and TensorFlow if the data needs it."""
-    path, latents, reads_npz = values["data.path"], values["data.latents"], False
-    if latents and not Path(latents, "store.json").is_file():
-        raise ValueError(f"{latents}: no stored latents (no store.json); make them with: "
-                         f"python latents.py config.yaml --data.latents={latents}")
-    if not latents and not path:
-        raise ValueError("data.path is empty; give --data.path=FOLDER or a pattern")
-    if not latents and not is_remote(path):
-        is_folder, names = list_files(path)
-        reads_npz = any(name.endswith(".npz") for name in names)
-        if not reads_npz:
-            _check_shards(path, is_folder, names)
+    """The data, the base model, and the packages that the data needs."""
+    latents = values["data.latents"]
+    for folder in latents if isinstance(latents, tuple) else [latents] * bool(latents):
+        if not Path(folder, "store.json").is_file():
+            raise ValueError(f"{folder}: no stored latents (no store.json); make them with: "
+                             f"python latents.py config.yaml --data.latents={folder}")
+    paths = values["data.path"]
+    if not latents:
+        for item in paths if isinstance(paths, tuple) else [paths]:
+            _check_data(item["path"] if isinstance(item, dict) else item)
     check_base(values["model.checkpoint"])
-    if not latents and not reads_npz and not _is_installed("tensorflow"):
+
+
+def _check_data(path):
+    """One data set."""
+    if not path:
+        raise ValueError("data.path is empty; give --data.path=FOLDER or a pattern")
+    if not is_remote(path):
+        if os.path.isfile(os.path.join(path, "meta", "info.json")):
+            for package in ("pyarrow", "av"):
+                if not _is_installed(package):
+                    raise ValueError(f"{path}: reading LeRobot data sets needs {package}: "
+                                     "pip install pyarrow av")
+            return
+        is_folder, names = list_files(path)
+        if any(name.endswith(".npz") for name in names):
+            return
+        _check_shards(path, is_folder, names)
+    if not _is_installed("tensorflow"):
         raise ValueError("reading TFRecords and gs:// needs TensorFlow: pip install tensorflow")
 
 
@@ -96,10 +120,27 @@ def _check_shards(path, is_folder, names):
     try:
         train_shards(path, is_folder, names)
     except ValueError as error:
-        below = sorted({str(file.parent) for pattern in ("*/*.npz", "*/*-train.tfrecord-*")
-                        for file in Path(path).glob(pattern)}) if is_folder else []
-        raise ValueError(f"{error}; did you mean --data.path={below[0]}?" if below else error
-                         ) from None
+        cure = _other_format(Path(path)) if is_folder else ""
+        raise ValueError(f"{error}; {cure}" if cure else str(error)) from None
+
+
+def _other_format(folder):
+    """What a folder without shards and .npz files may be, and the way in; "" if there is no
+    telling."""
+    below = sorted(islice(folder.rglob("*"), 20_000))           # a recording may be many files
+    for file in below:
+        if file.parts[-2:] == ("meta", "info.json"):
+            return f"did you mean --data.path={file.parents[1]}?"
+        if file.suffix == ".npz" or "-train.tfrecord-" in file.name:
+            return f"did you mean --data.path={file.parent}?"
+    own_way = ("write one .npz for each episode (README, \"Your own robot\"), or a LeRobot data "
+               "set with lerobot's own tools")
+    if any(file.name == "trajectory.h5" for file in below):
+        return ("this is raw DROID (trajectory.h5 and MP4): use its RLDS version, gs://gresearch/"
+                f"robotics/droid/1.0.1, or {own_way}")
+    others = {file.suffix for file in below if file.suffix in (
+        ".h5", ".hdf5", ".zarr", ".bag", ".mcap", ".mp4", ".parquet", ".pkl", ".npy")}
+    return f"{', '.join(sorted(others))} files are not read: {own_way}" if others else ""
 
 
 def check_base(path):

@@ -4,10 +4,12 @@ running/script.py shows how the scripts use it. Imports neither PyTorch nor Tens
 seconds: help, a typo or a wrong path is answered before. Every script takes a run folder in place
 of a recipe. Errors are one line, with exit code 1.
 """
+import json
 import os
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 
@@ -23,6 +25,8 @@ HELP = ("-h", "--help", "help", "-help", "--h", "-?", "/?")
 # Options besides the keys of config.yaml, and what they mean.
 OPTIONS = {
     "train.py": {}, "latents.py": {}, "toy.py": {},
+    "droid.py": {"out": "folder for inspect.json and inspect.png (default inspect/NAME, after the "
+                        "data)"},
     "energy.py": {
         "steps": "of the run folder, as in --steps=50,200; if neither these nor --adapters are "
                  "given, its milestones and the newest one",
@@ -97,7 +101,7 @@ def parse(script, doc, args):
 
     Prints help and ends the process if it is asked for, or if there are no arguments where some
     are needed. Raises ValueError as `config.load`, and for paths that are not there."""
-    needs_some = script in ("train.py", "latents.py", "energy.py", "bench.measure")
+    needs_some = script in ("train.py", "latents.py", "energy.py", "droid.py", "bench.measure")
     if set(args) & set(HELP) or needs_some and not args:
         text = help_text(script, doc)
         encoding = sys.stdout.encoding or "utf-8"
@@ -108,7 +112,7 @@ def parse(script, doc, args):
     if script in WITHOUT_KEYS and given.paths + given.keys:
         raise ValueError(f"{(given.paths + given.keys)[0]}: {script} takes no such argument")
     functions = {"train.py": _train, "latents.py": _latents, "energy.py": _energy,
-                 "export.py": _export}
+                 "export.py": _export, "droid.py": _droid}
     return functions[script](given) if script in functions else given
 
 
@@ -213,6 +217,56 @@ def _energy(given):
     check_sources(config.flat(cfg))
     check_target(cfg.out_dir, folder=True)
     return given
+
+
+def _droid(given):
+    """Adds `cfg`. Paths that are neither recipes nor run folders are data.path."""
+    usage = "python droid.py inspect FOLDER [RECIPE.yaml …] [--key=value …]"
+    command, *paths = given.paths or [""]
+    if command != "inspect":
+        raise ValueError(f"{command or 'droid.py'}: {usage} is its one command (--help explains "
+                         "it)")
+    given.paths = [path for path in paths if _is_recipe(path)]
+    data = [path for path in paths if not _is_recipe(path)]
+    keys = [key for key in given.keys if key.startswith("--data.path=")]
+    if data and keys:
+        raise ValueError(f"{data[0]}: data.path is also given as {keys[0]}; leave one out")
+    if not (data or keys or given.paths):
+        raise ValueError(f"name a folder of data: {usage}")
+    given.debug, given.cfg = False, load(given)
+    if data:
+        # What a recipe says of its own data sets does not apply to others.
+        own = given.cfg.data
+        given.keys += ["--data.latents="] * bool(own.latents) + ["--data.weights=[]"] * (
+            len(own.weights) not in (0, len(data)))
+        given.keys.append(f"--data.path={data[0] if len(data) == 1 else _list(data)}")
+        given.cfg = load(given)
+    for one in config.data_sets(given.cfg.data):
+        is_lerobot = Path(one.path, "meta/info.json").is_file()         # opening it checks it
+        if not one.latents and not is_lerobot:
+            values = config.flat(replace(given.cfg, data=one))
+            check_sources(values | {"model.checkpoint": "random"})
+    if "out" in given.options:
+        given.options["out"] = expand_home(given.options["out"])
+        check_target(given.options["out"], folder=True)
+    return given
+
+
+def _list(paths):
+    simple = all(re.fullmatch(r"[\w./~+-][\w./~:*+-]*", path) for path in paths)
+    return f"[{','.join(paths)}]" if simple else json.dumps(paths, ensure_ascii=False)
+
+
+def _is_recipe(path):
+    """Whether a path is a recipe or a run folder, and no data set, which may hold a config.yaml."""
+    if not os.path.isdir(path):
+        return path.endswith((".yaml", ".yml"))
+    try:
+        run = run_folder(path)
+    except ValueError:
+        return False
+    others = [*run.glob("*.npz"), *run.glob("*.tfrecord*"), *run.glob("meta/info.json")]
+    return all(name.name == "landscapes.npz" for name in others)
 
 
 def _export(given):

@@ -7,31 +7,76 @@
 A rank that keeps the others waiting for cfg.dist_timeout_minutes ends the run: running/hang.py.
 """
 import os
+import socket
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from running import hang
+
+
+SILENT = 10.0       # s that a rank waits for the others before it says so
 
 
 def start(cfg, device, newest):
     """Joins the other processes, if torchrun started this one. newest(): as for `hang.watch`.
 
-    Raises ValueError or OSError if they do not find each other."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    Raises OSError if they do not find each other within cfg.dist_timeout_minutes."""
+    # checks.check_ranks has looked at these variables. One alone has nobody to talk to.
+    if "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         return
+    store, rank, n = _meet(cfg.dist_timeout_minutes)
     # Longer than a rank may take that hangs or that waits for gs://: both are told better.
-    minutes = min(24 * 60, cfg.dist_timeout_minutes + cfg.data.retry_minutes + 5)
+    timeout = timedelta(
+        minutes=min(24 * 60, cfg.dist_timeout_minutes + cfg.data.retry_minutes + 5))
+    store.set_timeout(timeout)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=minutes))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=n, timeout=timeout)
     except RuntimeError as error:
         raise OSError(f"the ranks do not find each other: {_first_line(error)}") from None
-    if dist.get_world_size() > 1:
-        hang.watch(cfg.dist_timeout_minutes, newest, gather_from_ranks)
+    hang.watch(cfg.dist_timeout_minutes, newest, gather_from_ranks)
+
+
+def _meet(minutes):
+    """(the store by which the ranks find each other, rank, number of ranks), once all are there."""
+    rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    text = f"rank {rank} waits at {host}:{port} for all {n} ranks, up to {minutes:g} minutes"
+    # Said by the first one, and by another one only if that is not there.
+    note = threading.Timer(SILENT if rank == 0 else 2 * SILENT, tqdm.write, [text], {"file": sys.stderr})
+    note.daemon = True
+    note.start()
+    try:
+        if rank:
+            _wait_for_listener((host, port), 60 * minutes)
+        return next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+    except (RuntimeError, OSError) as error:
+        raise OSError(
+            f"{n} ranks did not meet at {host}:{port} within {minutes:g} minutes: start all of "
+            "them with torchrun, or this one alone after: unset RANK WORLD_SIZE LOCAL_RANK; "
+            f"--dist_timeout_minutes waits longer ({_first_line(error)})") from None
+    finally:
+        note.cancel()
+
+
+def _wait_for_listener(address, seconds):
+    """PyTorch would wait too, and then print two traces of its own. Raises OSError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(address, timeout=10).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def end():

@@ -79,6 +79,18 @@ def test_targets_by_pattern_and_all_layers_still_load(tmp_path):
         assert (odd_adapters.outputs(ours) - outputs).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layers, fits", [
+    ([0, 1, 2], True), ([0], False), (0, False), ([1, 9], False), ([], True), (None, True)])
+def test_tensors_of_layers_that_the_config_leaves_out_are_refused(tmp_path, layers, fits):
+    good_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_to_transform": layers}))
+    if fits:
+        return lora.read(tmp_path)
+    with pytest.raises(ValueError, match="has tensors of layer .*layers_to_transform .* leaves"):
+        lora.read(tmp_path)
+
+
 def test_every_key_of_pefts_config_is_known_or_refused(tmp_path):
     """Of the installed version: with their defaults the adapter loads; a value that switches
     something on is refused, unless the key is in the list of harmless ones."""

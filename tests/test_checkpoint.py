@@ -55,7 +55,21 @@ def test_rotation_keeps_the_newest_and_the_milestones(base, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "config.yaml", "metrics.jsonl", "step_1", "step_2", "step_6"]
     assert sorted(path.name for path in (out / "step_6").iterdir()) == [
-        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "state.pt"]
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "state.pt",
+        "trained_on.json"]
+
+
+def test_rotation_removes_links_and_not_what_they_lead_to(base, run, tmp_path):
+    """A step was moved to another disk, and a link put in its place."""
+    shutil.move(run / "step_2", tmp_path / "elsewhere")
+    (run / "step_2").symlink_to(tmp_path / "elsewhere")
+    (run / "step_1.tmp").symlink_to(tmp_path / "elsewhere")
+    (run / "step_3.tmp").symlink_to(tmp_path / "elsewhere")
+    (run / "step_9.tmp").write_text("")
+    before = contents(tmp_path / "elsewhere")
+    train.train(recipe(base, run, "--resume", "--max_steps=3", "--keep=1"))
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "step_3"]
+    assert not (run / "step_3").is_symlink() and contents(tmp_path / "elsewhere") == before
 
 
 def test_a_trained_adapter_changes_the_base_it_was_trained_on(base, tmp_path):
@@ -177,6 +191,29 @@ def test_logs_go_to_tensorboard_too(base, tmp_path):
     losses = [entry["loss"] for entry in logged]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     assert all(math.isfinite(entry["grad_norm"]) for entry in logged)
+
+
+def test_after_a_resume_tensorboard_has_each_step_once(base, tmp_path, monkeypatch):
+    """The run dies after step 5, its newest checkpoint is step 4."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    args, log = ["--save_every=2", "--tensorboard"], Logger.log
+
+    def log_and_die(self, done, **values):
+        log(self, done, **values)
+        if done == 5:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Logger, "log", log_and_die)
+        train.train(recipe(base, tmp_path / "run", *args))
+    train.train(recipe(base, tmp_path / "run", *args, "--resume"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    logged = read_log(tmp_path / "run")
+    for key, steps in (("loss", [1, 2, 3, 4, 5, 6]), ("val_loss", [0, 3, 6])):
+        assert [event.step for event in events.Scalars(key)] == steps
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(
+            [entry[key] for entry in logged if key in entry])
 
 
 def test_what_is_trained_but_not_saved_stops_a_run_before_it_starts(base, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """LeRobot data sets, formats v2.1 and v3.0: clips, columns, cameras, rates."""
+import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from glob import glob
 
 import numpy as np
 import pytest
@@ -157,6 +160,23 @@ def test_no_more_files_stay_open_than_said(tmp_path):
     assert len(source.videos.files) == 8 and len(source.tables.files) <= 16
 
 
+def test_files_are_closed_with_their_thread(tmp_path):
+    source = opened(made(tmp_path, "v2.1"))
+    episodes = read(source)
+
+    def n_open():
+        return sum(str(tmp_path) in os.path.realpath(link) for link in glob("/proc/self/fd/*"))
+    before = n_open()
+    thread = threading.Thread(target=lambda: [source.every_frame(e.images) for e in episodes])
+    gc.disable()
+    try:
+        thread.start()
+        thread.join()
+        assert n_open() == before
+    finally:
+        gc.enable()
+
+
 # Settings
 
 def test_the_rate_is_that_of_info_json(tmp_path):
@@ -251,35 +271,43 @@ def test_images_of_depth_are_no_camera(tmp_path):
 
 # The same real episodes in three formats
 
-@pytest.mark.parametrize("name", ["lerobot_real", "lerobot_real_v21"])
-def test_the_real_episodes_are_those_of_the_records(name):
+@pytest.fixture(scope="module")
+def records():
+    """[(poses, frames [n, 192, 320, 3] uint8)] of the real records, of one camera."""
     pytest.importorskip("tensorflow")
-    if not (SHARED / "data" / name).is_dir():
+    path = SHARED / "data/droid_real/1.0.0"
+    if not path.is_dir():
         pytest.skip("the real episodes are not here")
-    data = settings("--data.camera=wrist_image_left", "--data.clip_frames=6")
-    path = f"{SHARED}/data/droid_real/1.0.0"
-    rlds = droid.open_source(replace(data_recipe(path), data=replace(data, path=path)))
-    records = [episode for file in rlds.files for episode in rlds.episodes(file)]
-    episodes = read(LeRobotFiles(SHARED / "data" / name, data, 256))
-    assert [len(episode.poses) for episode in episodes] == [56, 80, 39]
-    for episode in episodes:
-        record, = (one for one in records if len(one.poses) == len(episode.poses))
-        assert abs(record.poses - episode.poses).max() < 1e-6
-        # The copies are of 192 × 320 pixels, the records of 180 × 320: compared are the same parts.
-        whole = np.stack([_decode_jpeg(image) for image in record.images])
-        taller = torch.nn.functional.interpolate(
-            torch.from_numpy(whole).permute(0, 3, 1, 2).float(), (192, 320), mode="bilinear")
-        taller = taller.permute(0, 2, 3, 1).round().byte().numpy()
-        for crop in ("center", "droid", "none"):
-            expected = crop_frames(taller, crop, 256)                   # [n, S, S, 3]
-            for step in (1, 3, 5):
-                source = LeRobotFiles(SHARED / "data" / name,
-                                      replace(data, crop=crop, frame_step=step), 256)
-                for start in range(0, len(expected) - 5 * step, 1 if step == 5 else 7):
-                    frames = source.decode(source.gather(episode.images, start))
-                    right = expected[start:start + 5 * step + 1:step].permute(3, 0, 1, 2)
-                    difference = (frames.float() - right.float()).abs().mean((0, 2, 3))
-                    assert difference.max() < 4
+    cfg = data_recipe(path, "--data.frame_step=1")
+    source, found = droid.open_source(cfg), []
+    for episode in (one for file in source.files for one in source.episodes(file)):
+        frames = np.stack([_decode_jpeg(image) for image in episode.images])
+        # The copies are of 192 × 320 pixels, the records of 180 × 320.
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+        frames = torch.nn.functional.interpolate(frames, (192, 320), mode="bilinear")
+        found.append((episode.poses, frames.permute(0, 2, 3, 1).round().byte().numpy()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["lerobot_real", "lerobot_real_v21"])
+def test_the_real_episodes_are_those_of_the_records(records, name):
+    for crop in ("center", "droid", "none"):
+        data = settings("--data.camera=wrist_image_left", f"--data.crop={crop}")
+        source = LeRobotFiles(SHARED / "data" / name, data, 256)
+        episodes = read(source)
+        assert [len(episode.poses) for episode in episodes] == [56, 80, 39]
+        for episode in episodes:
+            n = len(episode.poses)
+            (poses, frames), = (record for record in records if len(record[0]) == n)
+            assert abs(poses - episode.poses).max() < 1e-6
+            every = source.every_frame(episode.images)                  # [n, S, S, 3]
+            right = crop_frames(frames, crop, 256)
+            assert (every.float() - right.float()).abs().mean((1, 2, 3)).max() < 4
+            for step, start in ((1, 0), (1, 7), (3, 1), (3, 20), (5, 2), (5, n - 16)):
+                source.data = replace(data, frame_step=step)
+                clip = source.decode(source.gather(episode.images, start)).permute(1, 2, 3, 0)
+                assert torch.equal(clip, every[start:start + 3 * step + 1:step])
+            source.data = data
 
 
 def _decode_jpeg(data):

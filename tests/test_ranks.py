@@ -2,12 +2,16 @@
 signals and numbers that go wrong lead to one decision."""
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from running import checks, ranks
 
 SCENARIOS = Path(__file__).with_name("rank_scenarios.py")
 
@@ -21,6 +25,65 @@ def results():
                             timeout=120)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+# What the environment says
+
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+       "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("change, says", [
+    ({}, ""), ({"LOCAL_RANK": None}, ""), ({"RANK": None, "WORLD_SIZE": "x"}, ""),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": None, "MASTER_PORT": None}, ""),
+    ({"WORLD_SIZE": None}, "WORLD_SIZE is not set"), ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"), ({"RANK": ""}, "RANK is ''"),
+    ({"RANK": "-1"}, "RANK is '-1'"), ({"RANK": "２"}, "RANK is '２'"),
+    ({"RANK": "7", "WORLD_SIZE": "4"}, "RANK is 7 and WORLD_SIZE 4"),
+    ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"), ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK is '1.5'"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR, of rank 0, is not set"),
+    ({"MASTER_ADDR": " "}, "MASTER_ADDR, of rank 0, is not set"),
+    ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"), ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+])
+def test_what_a_cluster_left_in_the_environment_is_told(monkeypatch, change, says):
+    for name, value in (TWO | change).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if not says:
+        return checks.check_ranks()
+    with pytest.raises(ValueError) as error:
+        checks.check_ranks()
+    assert f"but {says}; start all processes with torchrun, or this one alone" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_without_partners_says_for_whom_it_waits_and_ends(monkeypatch, capsys, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (TWO | {"RANK": rank, "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "SILENT", 0.5)
+    cfg = SimpleNamespace(dist_timeout_minutes=2 / 60, data=SimpleNamespace(retry_minutes=1))
+    begin = time.monotonic()
+    with pytest.raises(OSError) as error:
+        ranks.start(cfg, SimpleNamespace(type="cpu"), None)
+    assert time.monotonic() - begin < 10 and "\n" not in str(error.value)
+    assert f"2 ranks did not meet at 127.0.0.1:{port} within 0.0333333 minutes" in str(error.value)
+    assert "unset RANK WORLD_SIZE" in str(error.value)
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank {rank} waits at 127.0.0.1:{port} for all 2 ranks, up to 0.033")
+    assert said.count("\n") == 1
+
+
+def test_one_process_needs_no_meeting(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ranks.start(None, None, None)
+    assert ranks.gather_from_ranks(3) == [3]
 
 
 @pytest.mark.parametrize("scenario, codes, speaker, rank, state", [

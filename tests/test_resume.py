@@ -12,7 +12,9 @@ import checkpoint
 import config
 import lora
 import train
-from running import settings
+from running import command_line, settings
+from running.lock import Lock
+from running.log import Logger
 from small import recipe, write_episodes
 
 
@@ -223,7 +225,102 @@ def test_a_damaged_step_is_set_aside_when_it_is_trained_again(base, tmp_path, ca
     assert checkpoint.saved_steps(out) == [1, 2]
 
 
+def undone(monkeypatch, run, what=KeyboardInterrupt):
+    """Runs `run`, which dies or is disturbed by `what` once its first step is logged."""
+    log = Logger.log
+
+    def log_and_disturb(self, done, **values):
+        log(self, done, **values)
+        if "loss" in values:
+            if what is KeyboardInterrupt:
+                raise what
+            what()
+    with monkeypatch.context() as patch:
+        patch.setattr(Logger, "log", log_and_disturb)
+        with pytest.raises((KeyboardInterrupt, OSError)) as error:
+            run()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("args", [["RUN"], ["config.yaml", "--out_dir=RUN"],
+                                  ["config.yaml", "--out_dir=RUN", "--init=ADAPTER"]])
+def test_a_run_that_dies_before_its_first_step_is_saved_begins_as_before(
+        base, finished, tmp_path, monkeypatch, capsys, args):
+    """From its adapter, with its settings."""
+    whole, died, adapter = tmp_path / "whole", tmp_path / "died", f"{finished}/step_2"
+    train.train(recipe(base, whole, *SHORT, f"--init={adapter}"))
+    undone(monkeypatch, lambda: train.train(recipe(base, died, *SHORT, f"--init={adapter}")))
+    assert not checkpoint.step_folders(died)
+    args = [arg.replace("RUN", str(died)).replace("ADAPTER", adapter) for arg in args]
+    train.train(command_line.parse("train.py", "", [*args, "--resume"]))
+    assert ("goes on with its own" in capsys.readouterr().out) == (len(args) < 3)
+    assert contents(died / "step_2") == contents(whole / "step_2")
+    assert (died / "config.yaml").read_text() == (whole / "config.yaml").read_text().replace(
+        str(whole), str(died))
+
+
+def test_of_a_run_without_a_step_another_start_may_be_asked_for(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(out / "step_2")
+    cfg = config.load([f"--out_dir={out}", "--resume", "--init=x", "--lr=3"])
+    begun = settings.begun(cfg, print)
+    assert (begun.init, begun.lr, begun.data.frame_step) == ("x", 3.0, 2)
+    (out / "config.yaml").write_text("cut: [")
+    with pytest.raises(ValueError, match="config.yaml.*or remove it, and the run begins anew"):
+        resume(out)
+
+
+def test_where_a_run_began_is_kept_and_cannot_change(base, finished, tmp_path):
+    """It is not read again: the adapter may be gone."""
+    adapter, out = shutil.copytree(finished / "step_2", tmp_path / "first"), tmp_path / "run"
+    train.train(recipe(base, out, *SHORT, f"--init={adapter}", "--max_steps=1"))
+    shutil.rmtree(adapter)
+    for step, args in ((2, []), (3, [f"--init={tmp_path}/x/../first"])):
+        train.train(command_line.parse("train.py", "", [
+            str(out), "--resume", f"--max_steps={step}", *args]))
+        assert config.load([str(out / "config.yaml")]).init == str(adapter)
+    before = contents(out)
+    for folder, began in ((out, f"from {adapter}"), (finished, "without --init")):
+        with pytest.raises(ValueError, match=f"was begun {began} and is at step .*: --init=x comes"):
+            resume(folder, "--max_steps=4", "--init=x", "--resume=changed")
+    assert contents(out) == before
+
+
 # One writer
+
+@pytest.mark.parametrize("how, saved_in", [
+    (lambda out: out.rename(out.with_name("moved")), "moved"),
+    (lambda out: shutil.rmtree(out), "run"),
+    (lambda out: (out.rename(out.with_name("moved")), out.mkdir()), "moved"),
+    (lambda out: (out / "lock").unlink(), None),
+    (lambda out: (shutil.rmtree(out), out.write_text("")), None),
+], ids=["moved", "removed", "moved, another there", "lock removed", "a file there"])
+def test_a_run_whose_folder_is_gone_is_not_split(base, tmp_path, monkeypatch, how, saved_in):
+    """What was done is saved in what is left of it, and the run ends."""
+    out = tmp_path / "run"
+    line = undone(monkeypatch, lambda: train.train(recipe(base, out, *SHORT, "--save_every=1")),
+                  lambda: how(out))
+    folders = {path.parent.parent.name for path in tmp_path.glob("*/*/state.pt")}
+    assert folders == ({saved_in} if saved_in else set()) and "\n" not in line
+    assert "while this run was writing here" in line and str(out) in line
+    if saved_in:
+        assert f"step 1 was saved in {tmp_path / saved_in}" in line
+        resume(tmp_path / saved_in, f"--model.checkpoint={base}/base.pt",
+               f"--data.path={base}/data")
+        assert checkpoint.saved_steps(tmp_path / saved_in) == [1, 2]
+    assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_a_lock_leaves_that_of_another_alone(tmp_path):
+    """The folder was moved, and another run began under its name."""
+    first = Lock(tmp_path / "run")
+    first.acquire()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with Lock(tmp_path / "run") as second:
+        assert "has taken over" in first.lost() and first.where() == tmp_path / "moved"
+        first.release()
+        assert not second.lost() and not (tmp_path / "moved/lock").exists()
+
 
 def test_a_second_run_is_refused_and_says_who_is_there(base, tmp_path):
     out = tmp_path / "run"

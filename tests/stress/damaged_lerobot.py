@@ -35,9 +35,11 @@ def episodes():
     made = []
     for i, n in enumerate(LENGTHS):
         one = lerobot_writer.gray_episode(n, i)
-        squares = random.integers(0, 256, (n, 4, 6, 3)).astype(np.uint8)
-        one["images"] = {camera: np.roll(squares, k, 2).repeat(16, 1).repeat(16, 2)
-                         for k, camera in enumerate(("front", "side"))}
+        # As in rooms, each view has a colour of its own.
+        squares = {camera: random.integers(0, random.integers(100, 256, 3), (n, 4, 6, 3))
+                   for camera in ("front", "side")}
+        one["images"] = {camera: pixels.astype(np.uint8).repeat(16, 1).repeat(16, 2)
+                         for camera, pixels in squares.items()}
         made.append(one)
     return made
 
