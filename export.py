@@ -45,6 +45,7 @@ import config
 import files
 import lora
 import model
+from episodes.identity import TRAINED_ON
 from episodes.npz import NpzFiles
 from episodes.stored import with_frames
 from files.package import verify
@@ -105,7 +106,7 @@ def adapter(source, folder):
     Raises ValueError if `folder` exists or `source` holds no complete adapter."""
     _refuse_existing(folder)
     # read first, so that nothing is written when the source is damaged
-    contents = {name: _read(Path(source) / name) for name in ADAPTER_FILES}
+    contents = {name: _read(Path(source) / name) for name in _files_of(Path(source))}
     lora.read(source)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
@@ -142,6 +143,11 @@ def merge(cfg, folder, target):
     _check_read_back(target, difference < 1e-4 * expected.abs().max().item())
     return (f"{target}: {_size(target)}, every value read back; "
             f"outputs differ from base + adapter by {difference:.1e} at most")
+
+
+def _files_of(adapter):
+    """The files of an adapter folder that tell what it is, without its training state."""
+    return [*ADAPTER_FILES, *[TRAINED_ON] * (adapter / TRAINED_ON).is_file()]
 
 
 def _load_predictor(cfg):
@@ -227,7 +233,7 @@ def _pack_adapters(cfg, predictor, run, steps):
         elif folder.is_dir():
             # loading checks that it is complete and was trained on this base
             lora.load(predictor, folder)
-            adapter_files = {name: _read(folder / name) for name in ADAPTER_FILES}
+            adapter_files = {name: _read(folder / name) for name in _files_of(folder)}
         else:
             found = ", ".join(sorted(path.name for path in run.glob("step_*")))
             raise ValueError(f"{folder}: no such step; {run} has {found or 'no step at all'}")
@@ -241,7 +247,7 @@ def _pack_trajectory(clip):
     data = io.BytesIO()
     frames = clip["frames"].permute(1, 2, 3, 0)                             # [T, H, W, 3] uint8
     np.savez_compressed(data, observations=frames.numpy(), states=clip["states"].numpy(),
-                        episode=clip["episode"])
+                        episode=clip["episode"], identity=clip["identity"])
     return data.getvalue()
 
 

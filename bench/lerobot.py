@@ -1,6 +1,6 @@
 """Reading clips from a LeRobot data set: clips/s, bytes read for each, and growth of memory.
 
-    python -m bench.lerobot FOLDER [--data.camera=…] [--data.frame_step=…]
+    python -m bench.lerobot FOLDER --data.camera=wrist_left
 
 Keys of config.yaml apply. Clips are drawn at random from all episodes, decoded by one thread and
 thrown away. Prints one line of JSON for each of `frame_step` 1 and 4, or for that which is given.
@@ -45,7 +45,8 @@ def measure(cfg, n=300):
             memory.append(resident())
     return {"frame_step": step, "frames": source.data.clip_frames,
             "episodes": len(episodes), "opened_s": round(opened, 3),
-            "clips_per_cpu_s_median_best": [round(float(np.median(rates)), 1), round(max(rates), 1)],
+            "clips_per_cpu_s": {"median": round(float(np.median(rates)), 1),
+                                "best": round(max(rates), 1)},
             "kB_a_clip": round((read_bytes() - begin) / n / 1e3, 1),
             "growth_MB": round((memory[-1] - memory[0]) / 1e6, 1),
             "peak_MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)}
@@ -62,19 +63,19 @@ def resident():
 
 
 def main(args):
-    """args: of the command line."""
+    """args: the folder and keys of config.yaml."""
     torch.set_num_threads(1)
     folder, *keys = args
-    steps = [[]] if any("frame_step" in key for key in keys) else [
-        ["--data.frame_step=1"], ["--data.frame_step=4"]]
-    for step in steps:
+    has_step = any("step" in key for key in keys)
+    for step in [[]] if has_step else [["--data.frame_step=1"], ["--data.frame_step=4"]]:
         cfg = config.load(["config.yaml", f"--data.path={folder}", *step, *keys])
         print(json.dumps(measure(cfg)))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or "--help" in sys.argv:
-        sys.exit(__doc__)
+    if "--help" in sys.argv or len(sys.argv) < 2:
+        print(__doc__)
+        sys.exit()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

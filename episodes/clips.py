@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from episodes import plausible
-from episodes.identity import of_poses
+from episodes.identity import of_episode
 from episodes.idle import moving_stretches
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
@@ -155,7 +155,7 @@ class Clips:
         B, and with the name of the `episode`."""
         for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
             clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | {"episode": episode.name, "identity": of_poses(episode.poses)}
+            yield clip | {"episode": episode.name, "identity": of_episode(episode)}
 
     def _batches(self):
         """Yields (list of clips, the state after them, their names, {identity: episode})."""
@@ -163,7 +163,7 @@ class Clips:
         for state, clip, episode, start in self._decoded_clips(self.state):
             batch.append(clip)
             names.append(f"{episode.name} @ {start} ({episode.location})")
-            episodes[of_poses(episode.poses)] = episode.name
+            episodes[of_episode(episode)] = episode.name
             if len(batch) == self.batch_size:
                 yield batch, state, names, episodes
                 batch, names, episodes = [], [], {}

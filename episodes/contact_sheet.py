@@ -20,8 +20,8 @@ from files import write_file
 
 MOST_FRAMES = 6         # of a clip; of more some are drawn, the first and the last among them
 PATH, MARK, OTHER = "#0072B2", "#D55E00", "#999999"     # Okabe and Ito's: colour-blind safe
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelpad": 1, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
-         "ytick.major.width": 0.6, "text.parse_math": False}
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelpad": 1, "axes.linewidth": 0.6,
+         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "text.parse_math": False}
 WIDTH, DPI = 15, 110    # inches
 ASPECT = 0.92           # of the panels with paths, height by width
 

@@ -25,10 +25,11 @@ def to_poses(pose, gripper, data):
         raise ValueError(_width_fault(pose, gripper, data, width))
     if gripper is None:
         pose, gripper = pose[:, :width], pose[:, width:]
-    gripper = np.asarray(gripper, np.float64).reshape(len(pose), -1)
-    if gripper.shape[1] != 1:
-        raise ValueError(f"{gripper.shape[1]} numbers for the gripper, expected 1: its closedness; "
+    gripper = np.asarray(gripper, np.float64)
+    if gripper.size != len(pose):
+        raise ValueError(f"{gripper.size / len(pose):g} numbers for the gripper, expected 1: its closedness; "
                          "set --data.keys.gripper")
+    gripper = gripper.reshape(len(pose), 1)
     if data.gripper.scale != 1:
         gripper = gripper * data.gripper.scale
     if data.gripper.invert:
@@ -106,7 +107,7 @@ def columns(text, n):
             indices.append(int(match[1]))
     if not indices or max(indices) >= n or min(indices) < -n:
         raise ValueError(f"data.pose_slice: {text!r} of {n} numbers")
-    return indices
+    return [i % n for i in indices]
 
 
 def _width_fault(pose, gripper, data, width):
@@ -114,10 +115,13 @@ def _width_fault(pose, gripper, data, width):
     n, kind = pose.shape[1], NAMES.get(data.rotation, "quaternion")
     expected = f"{width + (gripper is None)}: x y z, {kind}{', gripper' * (gripper is None)}"
     text = f"{n} numbers in a pose, expected {expected}"
-    if n >= 7 and data.rotation in ("euler_xyz", "degrees", "rotvec") and looks_like_quaternion(
-            pose[:, 3:7]):
+    if n >= 7 and WIDTHS[data.rotation] == 3 and looks_like_quaternion(pose[:, 3:7]):
         return (f"{text}; four of them have norm 1: a quaternion? --data.rotation=quat_xyzw or "
                 "quat_wxyz")
+    if n >= 9 and WIDTHS[data.rotation] == 3 and all(
+            _have_norm_1(pose[:, i:i + 3]) for i in (3, 6)):
+        return (f"{text}; six of them are two vectors of norm 1: a 6-D rotation? "
+                "--data.rotation=rot6d or rot6d_rows")
     if gripper is None and n == width:
         return f"{text}; the gripper is missing: name it with --data.keys.gripper"
     if gripper is not None and n == width + 1:
@@ -127,5 +131,9 @@ def _width_fault(pose, gripper, data, width):
 
 def looks_like_quaternion(numbers):
     """Whether numbers [n, 4] have norm 1 in every row, which Euler angles and a gripper do not."""
-    return len(numbers) > 0 and bool(
-        (abs(np.linalg.norm(np.asarray(numbers, np.float64), axis=1) - 1) < 5e-3).all())
+    return _have_norm_1(numbers)
+
+
+def _have_norm_1(numbers):
+    norms = np.linalg.norm(np.asarray(numbers, np.float64), axis=1)
+    return len(norms) > 0 and bool((abs(norms - 1) < 5e-3).all())   # rounded to 3 digits or more

@@ -64,6 +64,11 @@ def of_poses(poses):
     return hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
 
 
+def of_episode(episode):
+    """`of_poses` of an Episode, or of the recording from which it was cut."""
+    return episode.identity or of_poses(episode.poses)
+
+
 def trained_on_file(episodes):
     """The bytes of trained_on.json. episodes: {`of_poses`: name}."""
     return json.dumps({"episodes": dict(sorted(episodes.items()))}, indent=0).encode()

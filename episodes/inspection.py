@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers: `python droid.py inspect`, whose text is in inspection_text.py.
+"""What a data set holds, in numbers, for `python droid.py inspect`; its text: inspection_text.py.
 
     report, clips = look(source, cfg)   # a dict as in inspect.json; clips for the contact sheet
 
@@ -11,6 +11,8 @@ from itertools import islice
 from time import perf_counter
 
 import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
 
 from episodes import plausible
 from episodes.clips import clip_span, in_split, usable_starts
@@ -175,7 +177,7 @@ def walk_over(source, cfg, files, per_file=None):
                 walk.moving += sum(end - start for start, end in moving_stretches(velocity))
             if used and n_used % stride == 0:
                 walk.kept.append((file, episode, starts))
-            elif not used and len(walk.spare) < 2 and len(poses):
+            elif not used and len(walk.spare) < 2 and len(poses) and np.isfinite(poses).all():
                 walk.spare.append((file, episode, np.zeros(1, np.int64)))
             n_used += used
             if len(walk.kept) > KEPT:
@@ -270,16 +272,24 @@ def _good_poses(walk):
 
 def _judge(survey, walk, cfg):
     """(errors, notes): what stops a run on these data, and what may be wrong."""
-    names, tracks = [one.name for one in _finite(walk)], [one.poses for one in _finite(walk)]
-    # A run looks at the first ones.
+    # As a run does, of which the first ones are looked at: one of another unit is named and left
+    # out; if most are, that unit is to be named.
+    damaged = [one for one in _finite(walk) if one.status == "damaged"]
+    sound = [one for one in _finite(walk) if one.status != "damaged"]
+    chosen = sound if len(sound[:SAMPLE]) >= len(damaged[:SAMPLE]) else damaged
+    names, tracks = [one.name for one in chosen], [one.poses for one in chosen]
     errors, notes = plausible.examine(tracks[:SAMPLE], names[:SAMPLE], survey.data)
     later, later_notes = plausible.examine(tracks, names, survey.data)
     if later and not errors:
         alone = [name for name, track in zip(names, tracks)
                  if plausible.examine([track], [name], survey.data)[0]]
-        errors += [f"{one} (in {_few(alone)})" for one in later]
+        errors += [f"{one} (alone: {', '.join(alone[:5]) or 'no episode'})" for one in later]
     if len(tracks) > SAMPLE and not errors:
         notes = later_notes
+    if not survey.data.check:
+        errors, notes = [], errors + notes
+    if errors:
+        return errors, notes                    # what follows from them is not said again
     try:
         _tally(survey, walk, "train").check(at_end=survey.exact)
         splits = ["train"] + ["val"] * (cfg.val_every > 0 and survey.exact)
@@ -304,10 +314,6 @@ def _tally(survey, walk, split):
         tally.n_bad += one.lost
         tally.n_bad_here += one.lost * (not one.name or in_split(one.name, split, survey.data))
     return tally
-
-
-def _few(names, most=5):
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 # Numbers of poses, a list of [n, 7]
@@ -349,21 +355,27 @@ def crossings(poses):
 
 
 def jumps(seen, fps):
-    """Steps in which a gripper moves further than one can, and the longest step."""
-    most, n, longest, names = max(plausible.JUMP[0], plausible.JUMP[1] / fps), 0, 0.0, []
+    """Steps in which a gripper moves or turns further than one can, and the longest of each."""
+    far, wide = (max(least, speed / fps) for least, speed in (plausible.JUMP, plausible.TURN))
+    n, longest, widest, names = 0, 0.0, 0.0, []
     for one in seen:
         if len(one.poses) > 1 and np.isfinite(one.poses).all():
-            lengths = np.linalg.norm(np.diff(one.poses[:, :3], axis=0), axis=1)
-            n += int((lengths > most).sum())
-            longest = max(longest, float(lengths.max()))
-            names += [one.name] * bool(lengths.max() > most)
-    return {"steps": n, "longest_m": longest, "limit_m": most, "episodes": names[:MANY_NAMES]}
+            moved = np.linalg.norm(np.diff(one.poses[:, :3], axis=0), axis=1)
+            turns = Rotation.from_euler("xyz", one.poses[:, 3:6])
+            turned = (turns[1:] * turns[:-1].inv()).magnitude()
+            n_here = int(((moved > far) | (turned > wide)).sum())
+            n, names = n + n_here, names + [one.name] * bool(n_here)
+            longest, widest = max(longest, float(moved.max())), max(widest, float(turned.max()))
+    return {"steps": n, "longest_m": longest, "limit_m": far, "widest_rad": widest,
+            "limit_rad": wide, "episodes": names[:MANY_NAMES]}
 
 
 def _duplicates(seen):
     """Names that several episodes have, and names of which the poses are the same."""
     names, same = Counter(one.name for one in seen), {}
     for one in seen:
+        if len(one.poses) < 2 or not (np.ptp(one.poses, axis=0) > 0).any():
+            continue                            # it rests, as others may, or is not finite
         same.setdefault(one.poses.tobytes(), dict.fromkeys([one.name]))[one.name] = None
     return {"names": {name: n for name, n in names.most_common(MANY_NAMES) if n > 1},
             "poses": [list(group) for group in same.values() if len(group) > 1][:MANY_NAMES]}
@@ -428,8 +440,7 @@ def _try_clips(source, data, walk):
         file, episode, starts = tried[i]
         try:
             clip = _sheet_clip(source, data, file, episode, int(starts[len(starts) // 2]))
-            faults[episode.name] = data.check and plausible.frame_fault(
-                _to_tensor(clip.frames)) or ""
+            faults[episode.name] = _frame_fault(clip) if data.check else ""
             rows.append(clip)
         except ValueError as error:
             faults[episode.name] = str(error)
@@ -450,9 +461,12 @@ def _try_clips(source, data, walk):
                           "seconds_an_episode": walk.seconds / walk.n if walk.n else None}
 
 
-def _to_tensor(frames):
-    import torch
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)
+def _frame_fault(clip):
+    frames = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)
+    moved = np.ptp(clip.poses[clip.numbers, :3], axis=0).max()          # m
+    if plausible.frozen(frames) and moved > 0.05:
+        return "its images never change while the gripper moves: is it the right camera?"
+    return plausible.frame_fault(frames)
 
 
 def _sheet_clip(source, data, file, episode, start):

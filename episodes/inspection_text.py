@@ -1,5 +1,6 @@
 """What `python droid.py inspect` prints and writes: text, inspect.json and inspect.png."""
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -116,20 +117,19 @@ def train_command(given):
 
 def lines(report):
     """A report as lines of at most 100 columns."""
-    text = [f"{report['label']}: {report['path']}"]
+    text = [_one_line(f"{report['label']}: {report['path']}")]
     if "format" in report:
         for name, value in _entries(report):
             if value:
                 text += _entry(name, value)
     for name, kind in (("note", "notes"), ("ERROR", "errors")):
         for message in report.get(kind, ()):
-            text += _entry(name, message)
+            text += _entry(name, _one_line(message))
     return [line if len(line) <= WIDTH else f"{line[:WIDTH - 1]}…" for line in text]
 
 
 def _entry(name, value):
     first, rest = f"  {name}".ljust(INDENT), " " * INDENT
-    value = "".join(c if c.isprintable() or c == "\n" else "?" for c in value)
     # A number stays with what follows it.
     value = re.sub(r"(?<=[\d×]) (?=[\d×]|cm\b|ms?\b|s\b|rad\b)", "\xa0", value)
     wrapped = [line.replace("\xa0", " ") for part in value.split("\n")
@@ -172,7 +172,12 @@ def _entries(report):
     yield "jumps", _jumps(report["jumps"])
     yield "duplicates", _duplicates(report)
     yield "bad", _bad(report["bad"])
-    yield "reading", _reading(report["reading"], about)
+    yield "reading", _reading(report["reading"])
+
+
+def _one_line(text):
+    """Names are what people make them: nothing in them is to move the cursor."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _count(n, noun):
@@ -199,7 +204,7 @@ def _steps(report, about):
     total = report["steps_looked_at"]
     if about:
         total *= report["episodes"] / max(1, report["looked_at"])
-    return f"{about}{round(total):,}; {least:,} to {most:,} an episode, half have {median:g} or more"
+    return f"{about}{round(total):,}; {least:,} to {most:,} an episode, in the middle {median:g}"
 
 
 def _cameras(report):
@@ -226,8 +231,8 @@ def _idle(idle):
         parts.append(f"{idle['by_poses']:.0%} of the steps, by the poses: slower than 5 mm/s and "
                      "1°/s, gripper at rest")
     if idle["by_joint_velocity"] is not None:
-        parts.append(f"{idle['by_joint_velocity']:.0%} of the steps, by the joint velocities: stretches "
-                     "that --data.drop_idle leaves out, and the 10 steps before each")
+        parts.append(f"{idle['by_joint_velocity']:.0%} of the steps, by the joint velocities: "
+                     "stretches that --data.drop_idle leaves out, and 10 steps before each")
     return "\n".join(parts)
 
 
@@ -237,7 +242,7 @@ def _clips(report, about):
     text = (f"{about}{train['clips']:,} of {_count(train['episodes'], 'episode')} for training, "
             f"{val['clips']:,} of {val['episodes']:,} for validation")
     if names and report["complete"]:
-        text += f": {', '.join(names[:4])}" + ", …" * (len(names) > 4)
+        text += f": {_few(names, 4)}"
     return text
 
 
@@ -272,9 +277,10 @@ def _moves(moves):
         f"{moves['share_under_1_cm']:.0%} are under 1 cm")
 
 
-def _ranges(ranges, names, unit, factor=1, form=".3g"):
-    return ", ".join(f"{name} {factor * ranges[name][0]:{form}} to {factor * ranges[name][1]:{form}}"
-                     for name in names if name in ranges) + f" {unit}" if ranges else ""
+def _ranges(ranges, names, unit):
+    each = [f"{name} {ranges[name][0]:.3g} to {ranges[name][1]:.3g}" for name in names
+            if name in ranges]
+    return f"{', '.join(each)} {unit}" if each else ""
 
 
 def _angles(report):
@@ -296,11 +302,12 @@ def _gripper(report):
 
 
 def _jumps(jumps):
-    text = f"the longest step is {100 * jumps['longest_m']:.3g} cm"
+    text = (f"the largest step is {100 * jumps['longest_m']:.3g} cm, the largest turn "
+            f"{math.degrees(jumps['widest_rad']):.3g}°")
     if not jumps["steps"]:
         return f"none; {text}"
-    return (f"{jumps['steps']:,} steps of more than {100 * jumps['limit_m']:.3g} cm; {text}; in "
-            + _few(jumps["episodes"]))
+    return (f"{_count(jumps['steps'], 'step')} of more than {100 * jumps['limit_m']:.3g} cm or "
+            f"{math.degrees(jumps['limit_rad']):.3g}°; {text}; in {_few(jumps['episodes'])}")
 
 
 def _duplicates(report):
@@ -319,21 +326,22 @@ def _bad(bad):
     if not bad:
         return "none"
     n = sum(one["episodes"] for one in bad)
-    listed = [f"{one['name']}: {one['reason']}" for one in bad[:MOST_BAD]]
+    listed = [_one_line(f"{one['name']}: {one['reason']}") for one in bad[:MOST_BAD]]
     more = [f"and {len(bad) - MOST_BAD:,} more, in inspect.json"] * (len(bad) > MOST_BAD)
     return "\n".join([f"{_count(n, 'episode')}, left out", *listed, *more])
 
 
-def _reading(reading, about):
+def _reading(reading):
     if not reading["clips"]:
         return ""
     hours = reading["hours_an_epoch"]
-    time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} min" if hours > 1 / 60 else (
-        f"{3600 * hours:,.1f} s")
-    return (f"{about or 'about '}{time} an epoch for one process here ({_count(reading['clips'], 'clip')} "
-            f"tried: {1000 * reading['seconds_a_clip']:.0f} ms each to decode, and "
-            f"{1000 * reading['seconds_an_episode']:.0f} ms an episode)")
+    units = [(1, "h"), (60, "min"), (3600, "s")]
+    factor, unit = next((one for one in units if hours * one[0] >= 1), units[-1])
+    return (f"about {factor * hours:,.1f} {unit} an epoch for one process here: "
+            f"{1000 * reading['seconds_an_episode']:.0f} ms an episode, and to decode a clip "
+            f"{1000 * reading['seconds_a_clip']:.0f} ms ({_count(reading['clips'], 'clip')} tried)")
 
 
 def _few(names, most=5):
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(_one_line, names[:most])) + more

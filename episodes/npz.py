@@ -53,11 +53,11 @@ class NpzFiles:
             yield DamagedEpisode(ascii(location), "its file name is not UTF-8; rename it")
             return
         try:
-            name, poses, images = self._read_poses(file)
+            name, identity, poses, images = self._read_poses(file)
         except (ValueError, OSError) as error:
             yield DamagedEpisode(location, str(error).removeprefix(f"{file}: "))
             return
-        yield Episode(location, name or self._name_of(file), poses, images)
+        yield Episode(location, name or self._name_of(file), poses, images, identity=identity)
 
     def _name_of(self, file):
         """The name of a file without `episode`: its own, or that of the first file with the same
@@ -67,8 +67,9 @@ class NpzFiles:
         return self._names.get(file, Path(file).name)
 
     def _read_poses(self, file):
-        """An episode's `episode` or "", poses [n, 7] float64 and _LazyFrames. Checks the images as
-        well, as far as can be done without reading them. Raises ValueError or OSError."""
+        """An episode's `episode` and `identity` or "", poses [n, 7] float64 and _LazyFrames. Checks
+        the images as well, as far as can be done without reading them. Raises ValueError or
+        OSError."""
         with open_npz(file) as npz:
             missing = [key for key in ("observations", "states") if key not in npz.names]
             if missing:
@@ -85,10 +86,11 @@ class NpzFiles:
             if len(shape) != 2 or header.nbytes > MAX_STATES:
                 raise ValueError(f"states are {shown(list(shape))}, expected [n, 7]: x y z, Euler "
                                  "angles, gripper")
-            n = trim(images.shape[0], shape[0], Path(file).name)
+            images.n = trim(images.shape[0], shape[0], Path(file).name)
             _check_fps(npz, self.data)
-            states = npz.read("states").astype(np.float64).reshape(shape)[:n]
-            return _read_name(npz), to_poses(states, None, self.data), images
+            states = npz.read("states").astype(np.float64).reshape(shape)[:images.n]
+            poses = to_poses(states, None, self.data)
+            return _read_text(npz, "episode"), _read_text(npz, "identity"), poses, images
 
     stat = None
 
@@ -117,7 +119,8 @@ class _LazyFrames:
     array can only be read as a whole."""
 
     def __init__(self, file, shape, data, size):
-        """shape: of the images, [n, H, W, 3]."""
+        """shape: of the images, [n, H, W, 3]. Fewer are used if `n` is set to it."""
+        self.n = shape[0]
         self.file, self.shape, self.data, self.size, self.frames = file, shape, data, size, None
 
     def read(self):
@@ -137,11 +140,12 @@ class _LazyFrames:
     def _read_cropped(self, npz):
         """Some images at a time: as they are stored, those of an episode can be gigabytes."""
         step, n_images = self.data.frame_step, max(1, BLOCK // math.prod(self.shape[1:]))
-        n_frames = -(-self.shape[0] // step)
+        n_frames = -(-self.n // step)
         frames = torch.empty(n_frames, self.size, self.size, 3, dtype=torch.uint8)
         n_read = n_kept = 0
         for images in npz.blocks("observations", self.shape, n_images):
-            wanted = crop_frames(images[-n_read % step::step], self.data.crop, self.size)
+            wanted = images[-n_read % step::step][:n_frames - n_kept]
+            wanted = crop_frames(wanted, self.data.crop, self.size)
             frames[n_kept:n_kept + len(wanted)] = wanted
             n_read, n_kept = n_read + len(images), n_kept + len(wanted)
         return frames
@@ -172,19 +176,19 @@ def _without_batch_axis(shape, n_axes):
     return shape[1:] if len(shape) == n_axes + 1 and shape[0] == 1 else shape
 
 
-def _read_name(npz):
-    """The name in `episode`, or "" if there is none. Raises ValueError."""
-    if "episode" not in npz.names:
+def _read_text(npz, key):
+    """The text in `episode` or `identity`, "" if there is none. Raises ValueError."""
+    if key not in npz.names:
         return ""
-    header = npz.header("episode")
+    header = npz.header(key)
     if header.dtype.kind not in "USiu" or math.prod(header.shape) != 1 or header.nbytes > MAX_NAME:
-        raise ValueError(f"episode is {header.dtype} {shown(list(header.shape))}, expected the "
-                         "name of one episode")
-    name = npz.read("episode").item()
+        raise ValueError(f"{key} is {header.dtype} {shown(list(header.shape))}, expected the "
+                         f"name of one {key.replace('identity', 'recording')}")
+    text = npz.read(key).item()
     try:
-        return name.decode() if isinstance(name, bytes) else str(name)
+        return text.decode() if isinstance(text, bytes) else str(text)
     except UnicodeDecodeError:
-        raise ValueError(f"episode is {shown(name)}, expected text in UTF-8") from None
+        raise ValueError(f"{key} is {shown(text)}, expected text in UTF-8") from None
 
 
 def _usual_fps(files):

@@ -23,8 +23,9 @@ def choose_clips(loaders, cfg):
                          f"energy.horizon look {horizon} frames ahead; set "
                          f"--data.clip_frames={horizon + 1} or more")
     if not cfg.data.val_fraction and not cfg.data.val_episodes:
-        raise ValueError("data.val_fraction is 0: there is no episode to measure on; set it as in "
-                         "training, name --data.val_episodes, or --data.val_fraction=1 for all")
+        raise ValueError("data.val_fraction is 0: there is no episode to measure on; "
+                         "--data.val_fraction=1 takes all, also those of training, "
+                         "--data.val_episodes some by name")
     chosen, n_still, n_episodes = [], 0, 0
     for left, loader in zip(range(len(loaders), 0, -1), loaders.values()):
         # Of several data sets, each gives its part.

@@ -16,6 +16,7 @@ TURNS = 2 * np.pi + 0.1 # rad: Euler angles lie within a turn, from -π to π or
 JUMP = 0.2, 2.0         # m, m/s: the larger one of the two is the most between two frames
 TURN = 1.5, 12.0        # rad, rad/s: the same. Real episodes have 0.03 m and 0.07 rad at 15 Hz
 NEAR = 0.1              # m: a gripper that is never further from its base is none
+ENOUGH = 60             # steps, from which on what they have in common tells something
 WIDTH = 0.12            # m: the widest that grippers open; noise of one that stays shut is less
 FLAT = 4                # levels of 255: what differs less shows nothing
 
@@ -143,7 +144,7 @@ def _no_poses(poses, data):
         return [f"data.keys.pose is {data.keys.pose}: a {other} is no pose; choose another "
                 "--data.keys.pose"]
     still = [p for p in poses if not np.ptp(p[:, :6], axis=0).any()]
-    if len(still) > len(poses) / 2 and sum(map(len, still)) >= 60:
+    if len(still) > len(poses) / 2 and sum(map(len, still)) >= ENOUGH:
         return [f"the pose never changes in {len(still)} of {len(poses)} episodes: is "
                 "--data.keys.pose the right one?"]
     # A path changes little from step to step beside what it changes in all, and numbers that tell
@@ -179,7 +180,7 @@ def _positions(xyz, data):
         return [f"positions (numbers 1 to 3 of the pose) {lie}, and metres are expected: {unit}? "
                 f"then --data.position_scale={scale * data.position_scale:g}; joint angles or "
                 "other numbers? then --data.keys.pose or --data.pose_slice"]
-    if 0 < abs(xyz).max() < NEAR:
+    if 0 < abs(xyz).max() < NEAR and len(xyz) >= ENOUGH:
         return [f"positions {lie} m, never more than {100 * NEAR:g} cm from the robot's base: "
                 "moves (an action) instead of poses? then choose --data.keys.pose; another unit? "
                 "then --data.position_scale"]

@@ -23,6 +23,8 @@ class Episode:
     images: object                              # whatever the source's `gather` takes
     joint_velocity: np.ndarray | None = None    # [n, J] rad/s, for data.drop_idle
     success: bool = True
+    identity: str = ""                          # `identity.of_poses` of the recording, if this is
+                                                # a part that was cut from one; else ""
     data: object = None                         # its data set's DataConfig, if there are several
 
 

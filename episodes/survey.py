@@ -108,16 +108,14 @@ def _look(source):
     data = source.data
     files, exact = _chosen(source)
     survey = Survey(data, source.label, exact)
-    images, sound, odd, reasons = [], [], [], Counter()
+    images, sound, odd = [], [], []
     for file in files:
         for episode in source.episodes(file):
             if isinstance(episode, DamagedEpisode):
                 survey.status["damaged"] += episode.lost
-                reasons[episode.reason] += episode.lost
                 continue
             status, starts = usable_starts(episode, data)
             if isinstance(status, DamagedEpisode):
-                reasons[status.reason] += 1
                 status = "damaged"
             survey.status[status] += 1
             if status == "used":
@@ -138,10 +136,6 @@ def _look(source):
     survey.poses = [episode.poses for episode in looked_at]
     if data.check:
         _check(source, survey, [episode.name for episode in looked_at], images)
-    if exact and reasons and sum(reasons.values()) == sum(survey.status.values()):
-        reason, n = reasons.most_common(1)[0]
-        raise ValueError(f"{data.path}: none of {sum(reasons.values())} episodes can be used; {n} "
-                         f"of them: {reason}")
     survey.data = _with_validation(survey)
     return survey
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
+from types import SimpleNamespace
 
 import config
 from files.text import expand_home
@@ -233,14 +234,14 @@ def _droid(given):
         raise ValueError(f"{data[0]}: data.path is also given as {keys[0]}; leave one out")
     if not (data or keys or given.paths):
         raise ValueError(f"name a folder of data: {usage}")
-    given.debug, given.cfg = False, load(given)
     if data:
         # What a recipe says of its own data sets does not apply to others.
-        own = given.cfg.data
-        given.keys += ["--data.latents="] * bool(own.latents) + ["--data.weights=[]"] * (
-            len(own.weights) not in (0, len(data)))
+        own = load(SimpleNamespace(paths=given.paths, keys=[])).data
+        own_weights = own.weights and not any("--data.weights=" in key for key in given.keys)
+        given.keys += ["--data.latents="] * bool(own.latents)
+        given.keys += ["--data.weights=[]"] * bool(own_weights)
         given.keys.append(f"--data.path={data[0] if len(data) == 1 else _list(data)}")
-        given.cfg = load(given)
+    given.debug, given.cfg = False, load(given)
     for one in config.data_sets(given.cfg.data):
         is_lerobot = Path(one.path, "meta/info.json").is_file()         # opening it checks it
         if not one.latents and not is_lerobot:

@@ -51,7 +51,7 @@ def _meet(minutes):
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     text = f"rank {rank} waits at {host}:{port} for all {n} ranks, up to {minutes:g} minutes"
     # Said by the first one, and by another one only if that is not there.
-    note = threading.Timer(SILENT if rank == 0 else 2 * SILENT, tqdm.write, [text], {"file": sys.stderr})
+    note = threading.Timer(SILENT * (1 if rank == 0 else 2), tqdm.write, [text, sys.stderr])
     note.daemon = True
     note.start()
     try:

@@ -147,7 +147,8 @@ def test_the_baseline_is_an_adapter_that_changes_nothing(base, tmp_path):
 
 def test_step_to_adapter_to_peft_and_back(base, run, tmp_path):
     export.main(["adapter", f"{run}/step_4", f"{tmp_path}/adapter"])
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == set(export.ADAPTER_FILES)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        *export.ADAPTER_FILES, "trained_on.json"}
     peft = pytest.importorskip("peft")
     _, predictor = model.load(base / "base.pt", "tiny")
     theirs = peft.PeftModel.from_pretrained(predictor, tmp_path / "adapter")
@@ -193,7 +194,7 @@ def package(base, run, tmp_path_factory):
     export.package(run, [0, 2, 4], 3, path, [
         "--energy.grid=5", "--energy.planes=[xy]", "--energy.radius=0.1",
         "--energy.cem_samples=16", "--energy.cem_iterations=2", "--energy.cem_elites=4",
-        "--energy.per_episode=1", "--data.val_fraction=0.6"])
+        "--energy.per_episode=1", "--data.val_fraction=0.6", "--energy.allow_trained"])
     return path
 
 

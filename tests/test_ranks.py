@@ -13,6 +13,7 @@ import pytest
 
 from running import checks, ranks
 
+
 SCENARIOS = Path(__file__).with_name("rank_scenarios.py")
 
 
@@ -44,7 +45,8 @@ TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.
     ({"MASTER_ADDR": None}, "MASTER_ADDR, of rank 0, is not set"),
     ({"MASTER_ADDR": " "}, "MASTER_ADDR, of rank 0, is not set"),
     ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
-    ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"), ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
+    ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
 ])
 def test_what_a_cluster_left_in_the_environment_is_told(monkeypatch, change, says):
     for name, value in (TWO | change).items():

@@ -253,10 +253,11 @@ def test_a_run_that_dies_before_its_first_step_is_saved_begins_as_before(
     assert not checkpoint.step_folders(died)
     args = [arg.replace("RUN", str(died)).replace("ADAPTER", adapter) for arg in args]
     train.train(command_line.parse("train.py", "", [*args, "--resume"]))
-    assert ("goes on with its own" in capsys.readouterr().out) == (len(args) < 3)
+    assert "goes on with its own" in capsys.readouterr().out
     assert contents(died / "step_2") == contents(whole / "step_2")
-    assert (died / "config.yaml").read_text() == (whole / "config.yaml").read_text().replace(
-        str(whole), str(died))
+    own, other = (config.flat(config.load([f"{out}/config.yaml"])) for out in (whole, died))
+    # Where and how are said anew for each start.
+    assert {name for name in own if own[name] != other[name]} <= {"out_dir", "device"}
 
 
 def test_of_a_run_without_a_step_another_start_may_be_asked_for(finished, tmp_path):
@@ -281,7 +282,7 @@ def test_where_a_run_began_is_kept_and_cannot_change(base, finished, tmp_path):
         assert config.load([str(out / "config.yaml")]).init == str(adapter)
     before = contents(out)
     for folder, began in ((out, f"from {adapter}"), (finished, "without --init")):
-        with pytest.raises(ValueError, match=f"was begun {began} and is at step .*: --init=x comes"):
+        with pytest.raises(ValueError, match=f"was begun {began} and is .*: --init=x comes too"):
             resume(folder, "--max_steps=4", "--init=x", "--resume=changed")
     assert contents(out) == before
 
