@@ -20,7 +20,6 @@ A damaged episode is named, counted and left out; a larger share than data.max_b
 run. The train/validation split is a hash of the episode's name. Each rank reads clips of its own.
 The order of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,7 @@ from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
 from episodes.survey import survey_of
 from episodes.tf import tensorflow
-from episodes.tfrecords import check_keys, read_records
+from episodes.tfrecords import check_keys, read_records, read_text, wanted_features
 from model import resolve_size
 
 
@@ -113,18 +112,8 @@ def _open_files(cfg):
         return NpzFiles(npz, data, size)
     shards = train_shards(path, is_folder, names)
     tf = tensorflow(anonymous)
-    expected = count_episodes(path, is_folder, shards, partial(_read_text, tf, data.retry_minutes))
+    expected = count_episodes(path, is_folder, shards, partial(read_text, tf, data.retry_minutes))
     return RldsFiles(tf, shards, data, size, expected)
-
-
-def _read_text(tf, minutes, file):
-    """The text of a file, "" if there is none."""
-    def read():
-        with tf.io.gfile.GFile(file, "rb") as stream:
-            return stream.read().decode(errors="replace")
-    with suppress(FileNotFoundError):
-        return Connection(tf, file, minutes).call(read)
-    return ""
 
 
 class RldsFiles:
@@ -146,7 +135,7 @@ class RldsFiles:
         check_keys(tf, files, self._records, data, self.image_key)
 
     def episodes(self, file):
-        features, n = self._wanted_features(), 0
+        features, n = wanted_features(self.tf, self.data, self.image_key), 0
         for number, record in self._records(file):
             n += 1
             if isinstance(record, DamagedEpisode):
@@ -197,20 +186,6 @@ class RldsFiles:
         decode = partial(tf.io.decode_jpeg, channels=3, dct_method="INTEGER_ACCURATE")
         frame = tf.TensorSpec([None, None, 3], tf.uint8)
         return tf.map_fn(decode, images, fn_output_signature=frame)
-
-    def _wanted_features(self):
-        """What tf.io.parse_single_example is to read of a record: images stay compressed."""
-        tf, keys = self.tf, self.data.keys
-        numbers = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
-        features = {keys.pose: numbers}
-        if keys.gripper:
-            features[keys.gripper] = numbers
-        if self.data.drop_idle:
-            features[keys.joint_velocity] = numbers
-        features[self.image_key] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
-        if keys.episode:
-            features[keys.episode] = tf.io.FixedLenFeature([], tf.string, "")
-        return features
 
     def _parse(self, file, number, record, features):
         """Record `number` of a file -> Episode or DamagedEpisode."""

@@ -43,7 +43,7 @@ from analysis.measures import AXES, metrics  # noqa: F401
 from analysis.planners import GRADIENT_ITERATIONS, GRADIENT_STARTS, cem, gradient_plan
 from episodes.pairs import choose_clips, seen_in_training, true_action
 from episodes.poses import apply_action, pose_deltas
-from episodes.stored import check_store
+from episodes.stored import all_finite, check_store
 from files import write_npz
 from files.reading import read_npz
 
@@ -186,6 +186,8 @@ def analyse(cfg, adapters, path):
     h = [clip["h"].to(device).float() if "h" in clip
          else world.encode(clip["frames"][None].to(device))[0] for clip in clips]   # P x [T, N, D]
     world.encoder = encoder = None
+    for clip, x in zip(clips, h):
+        _check_finite(all_finite(x), f"the latents of {clip['episode']}", precision)
     arrays = _pair_arrays(cfg, clips, h)
     arrays |= {"device": np.array(model.device_name(device)), "dtype": np.array(precision),
                "base": np.array(world.base_fingerprint)}
@@ -211,7 +213,7 @@ def analyse(cfg, adapters, path):
         bar.set_description(name)
         pairs = []
         for p, clip in enumerate(clips):
-            pairs.append(_one_pair(world, cfg, arrays, p, clip, h[p], chunk))
+            pairs.append(_one_pair(world, cfg, arrays, p, clip, h[p], chunk, name))
             bar.update(per_pair)
         found.append({key: np.stack([pair[key] for pair in pairs]) for key in pairs[0]})
         arrays |= {key: np.stack([one[key] for one in found]) for key in found[0]}
@@ -274,7 +276,7 @@ def _pair_arrays(cfg, clips, h):
     arrays = {
         "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
         "radius": np.array(e.radius), "steps": np.array(steps),
-        "frame_step": np.array(cfg.data.frame_step), "true_actions": truth, "states": states,
+        "frame_step": np.array(clips[0]["frame_step"]), "true_actions": truth, "states": states,
         "negatives": np.stack(negatives), "shuffled": np.stack(shuffled),
         "horizon_copy": np.stack([_mean_l1(x[1:], x[:1]) for x in h]),
         "oracle_actions": np.stack(real_actions), "oracle_energy": np.stack(real_energy),
@@ -309,13 +311,23 @@ def _evaluations(cfg, arrays):
     return n
 
 
-def _one_pair(world, cfg, arrays, p, clip, h, chunk):
+def _check_finite(finite, what, precision):
+    """Raises ValueError: planners and figures would stumble over what is not finite."""
+    if not finite:
+        cure = ("use --precision=bf16 or fp32" if precision == "fp16" else
+                "the weights have grown too large; take an earlier step")
+        raise ValueError(f"{what} are not finite in {precision} (NaN or infinite); {cure}")
+
+
+def _one_pair(world, cfg, arrays, p, clip, h, chunk, name):
     """The arrays of one checkpoint and one pair: those that have [C, P, …] in landscapes.npz."""
     e, device, states = cfg.energy, h.device, clip["states"]
     planes = [arrays[f"actions_{plane}"][p] for plane in e.planes]
     single = [arrays["true_actions"][p][None], np.zeros((1, 7)), arrays["negatives"][p]]
     energies = landscape(world, h[:1], states[:1], h[e.steps], np.concatenate(planes + single),
                          e.steps, chunk)
+    where = f"of {clip['episode']} under {name}", arrays["dtype"].item()
+    _check_finite(energies.isfinite().all(), f"the energies {where[0]}", where[1])
     parts = [part.cpu().numpy() for part in energies.split([len(x) for x in planes + single])]
     out = {f"energy_{plane}": part for plane, part in zip(e.planes, parts)}
     out |= {"energy_true": parts[-3][0], "energy_zero": parts[-2][0], "energy_negatives": parts[-1]}
@@ -334,6 +346,9 @@ def _one_pair(world, cfg, arrays, p, clip, h, chunk):
                      for n in range(1, e.horizon + 1)]
             out |= _plan_arrays("gradient", plans)
         out |= _losses_and_horizon(world, h, clip, arrays["shuffled"][p])
+    # Those of shuffled actions may be undefined.
+    finite = np.isfinite([out["loss"], out["loss_zero"], *out["horizon_l1"]]).all()
+    _check_finite(finite, f"the losses {where[0]}", where[1])
     return out
 
 

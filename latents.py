@@ -43,6 +43,7 @@ from episodes.identity import has_changed, identity
 from episodes.prefetch import prefetch
 from episodes.several import labels
 from episodes.source import DamagedEpisode, Episode
+from running.checks import check_ranks
 from running.lock import Lock
 
 
@@ -67,6 +68,7 @@ def encode(cfg):
     of them if there are several data sets or cameras.
 
     Raises ValueError, also if another process writes there, or OSError if the disk is too small."""
+    check_ranks(meeting=False)
     sets = config.data_sets(cfg.data)
     if len(sets) > 1:
         folders = [encode(replace(cfg, data=replace(data, latents=data.latents or os.path.join(
@@ -141,9 +143,12 @@ def _encode_missing(cfg, folder):
     if reason:
         raise ValueError(reason)
     size = sum((folder / f"{i:05d}.bin").stat().st_size for i, _ in numbered)
+    n_missing = sum(not (folder / f"{i:05d}.npz").exists() for i in numbers)
+    use = f"use --data.latents={folder}" if not n_missing else (
+        f"{n_missing} of {len(numbers)} files are still missing, which are those of other ranks; "
+        "if there are none: unset RANK WORLD_SIZE, and start this again")
     share = f" by rank {rank} of {world_size}" if world_size > 1 else ""
-    tqdm.write(f"{folder}: {size // frame_bytes:,} frames, {size / 1e9:.2f} GB{share}; "
-               f"use --data.latents={folder}")
+    tqdm.write(f"{folder}: {size // frame_bytes:,} frames, {size / 1e9:.2f} GB{share}; {use}")
 
 
 # What is there and what is missing

@@ -230,12 +230,12 @@ def evaluate(world, batches, cfg, autocast, device):
     # A rank may have no clip.
     of_ranks = ranks.gather_from_ranks((sums, clips))
     sums, clips = (sum(counters, Counter()) for counters in zip(*of_ranks))
-    means = Counter()
+    means, of_sets = Counter(), Counter()
     for (name, loss), total in sums.items():
         means[f"val_{loss}"] += total / clips.total()
-        if len(clips) > 1:
-            means[f"val_loss/{name}"] += total / clips[name]
-    return {"val_loss": sums.total() / clips.total(), **means}
+        of_sets[f"val_loss/{name}"] += total / clips[name]
+    total = {"val_loss": sums.total() / clips.total(), **means}
+    return total | of_sets if len(clips) > 1 else total
 
 
 def build_optimizer(cfg, trainable, device):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from episodes import plausible
+from episodes.collate import collate
 from episodes.identity import of_episode
 from episodes.idle import moving_stretches
 from episodes.poses import pose_deltas
@@ -155,7 +156,8 @@ class Clips:
         B, and with the name of the `episode`."""
         for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
             clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | {"episode": episode.name, "identity": of_episode(episode)}
+            yield clip | {"episode": episode.name, "identity": of_episode(episode),
+                          "frame_step": (episode.data or self.data).frame_step}
 
     def _batches(self):
         """Yields (list of clips, the state after them, their names, {identity: episode})."""
@@ -281,16 +283,3 @@ def _shuffled(clips, buffer_size, rng):
         yield leaving
     rng.shuffle(buffer)
     yield from buffer
-
-
-def collate(clips, pin_memory):
-    """A batch of clips, with tensors stacked.
-
-    pin_memory: in page-locked memory, from which a GPU copies while the next step is prepared."""
-    batch = {}
-    for key in clips[0]:
-        values = [torch.as_tensor(clip[key]) for clip in clips]
-        shape = (len(values), *values[0].shape)
-        whole = torch.empty(shape, dtype=values[0].dtype, pin_memory=pin_memory)
-        batch[key] = torch.stack(values, out=whole)
-    return batch

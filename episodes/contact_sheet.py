@@ -23,7 +23,8 @@ PATH, MARK, OTHER = "#0072B2", "#D55E00", "#999999"     # Okabe and Ito's: colou
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelpad": 1, "axes.linewidth": 0.6,
          "xtick.major.width": 0.6, "ytick.major.width": 0.6, "text.parse_math": False}
 WIDTH, DPI = 15, 110    # inches
-ASPECT = 0.92           # of the panels with paths, height by width
+HEADER, ROW, MARGIN = 0.55, 2.35, 0.1
+PATH_WIDTH, ASPECT = 1.2, 0.92      # of the panels with paths: width in frames, height by width
 
 
 @dataclass
@@ -50,44 +51,53 @@ def write(path, clips):
 
 def draw(clips):
     """A Figure with a row for each clip."""
+    height = HEADER + ROW * len(clips)
     with matplotlib.rc_context(STYLE):
-        n_columns = max(min(MOST_FRAMES, len(clip.frames)) for clip in clips)
-        figure = Figure(figsize=(WIDTH, 0.6 + 2.35 * len(clips)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.05, wspace=0.01)
-        figure.suptitle(_legend(clips), fontsize=9, x=0.005, ha="left")
-        rows = figure.subfigures(len(clips), 1, squeeze=False)[:, 0]
-        for row, clip in zip(rows, clips):
-            _draw_row(row, clip, n_columns)
+        figure = Figure(figsize=(WIDTH, height))
+        figure.text(MARGIN / WIDTH, 1 - MARGIN / height, _legend(clips), va="top", fontsize=9)
+        for i, clip in enumerate(clips):
+            _draw_row(figure, clip, height - HEADER - ROW * i)
     return figure
 
 
 def _legend(clips):
     size = clips[0].frames.shape[1]
-    steps = sorted({int(clip.numbers[1] - clip.numbers[0]) for clip in clips
-                    if len(clip.numbers) > 1})
-    return (f"Clips as the model sees them: {size} × {size} pixels, frames "
-            f"{' or '.join(map(str, steps)) or 1} recorded steps apart, of which {MOST_FRAMES} at "
-            "most are shown. First column: the whole image, with what the crop keeps in orange.\n"
+    steps = {int(clip.numbers[1] - clip.numbers[0]) for clip in clips if len(clip.numbers) > 1}
+    every = " or ".join(map(str, sorted(steps))) or "1"
+    return (f"Clips as the model sees them: {size} × {size} pixels, frames {every} recorded "
+            f"step{'s' * (every != '1')} apart, of which {MOST_FRAMES} at most are shown. First "
+            "column: the whole image, with what the crop keeps in orange.\n"
             "Right: the gripper's path in the clip (blue, from the orange ring on; each arrow is a "
             "move, an action) and in the whole episode (grey).")
 
 
-def _draw_row(row, clip, n_columns):
-    wide = clip.shape[1] / clip.shape[0]
-    panels = row.subplots(1, n_columns + 3, width_ratios=[
-        min(2.0, max(0.6, wide)), *[1] * n_columns, 1.2, 1.2])
-    shown = np.unique(np.linspace(0, len(clip.frames) - 1, n_columns).round().astype(int))
+def _draw_row(figure, clip, top):
+    """top: of the row, in inches from the bottom of the figure."""
+    height = figure.get_figheight()
     title = f"{_shortened(f'{clip.label}: ' * bool(clip.label) + clip.name)} ({clip.split})"
-    row.suptitle(title, fontsize=8, x=0.005, ha="left", weight="bold")
-    _draw_whole(panels[0], clip)
-    for panel in panels[1:-2]:
-        panel.axis("off")
-    for panel, i in zip(panels[1:], shown):
-        panel.imshow(clip.frames[i])
-        panel.set_anchor("N")
-        panel.set_title(f"frame {clip.numbers[i]} ({clip.numbers[i] / clip.fps:.3g} s)")
-    _draw_path(panels[-2], clip)
-    _draw_height(panels[-1], clip)
+    figure.text(MARGIN / WIDTH, (top - 0.05) / height, title, va="top", weight="bold")
+    n = min(MOST_FRAMES, len(clip.frames))
+    wide = min(2.0, max(0.6, clip.shape[1] / clip.shape[0]))
+    # A frame's side: what the gaps and the labels of the paths leave
+    side = min(1.5, (WIDTH - 1.4 - 0.1 * n) / (wide + n + 2 * PATH_WIDTH))
+    x = MARGIN
+
+    def panel(width, label=0.0):
+        """The next one from the left, behind room for the label of its axis."""
+        nonlocal x
+        left, x = x + label, x + label + width + 0.1
+        shape = width, width * ASPECT if label else side
+        return figure.add_axes((left / WIDTH, (top - 0.45 - shape[1]) / height,
+                                shape[0] / WIDTH, shape[1] / height))
+
+    _draw_whole(panel(wide * side), clip)
+    for i in np.linspace(0, len(clip.frames) - 1, n).round().astype(int):
+        image = panel(side)
+        image.imshow(clip.frames[i])
+        image.set_title(f"frame {clip.numbers[i]} ({clip.numbers[i] / clip.fps:.3g} s)")
+        image.axis("off")
+    _draw_path(panel(PATH_WIDTH * side, 0.45), clip)
+    _draw_height(panel(PATH_WIDTH * side, 0.45), clip)
 
 
 def _shortened(name, most=110):
@@ -102,7 +112,6 @@ def _draw_whole(panel, clip):
     left, top, w, h = clip.kept
     panel.add_patch(Rectangle((left, top), w, h, fill=False, ec=MARK, lw=2, clip_on=False))
     panel.set_title(f"frame {clip.numbers[0]}, whole: {width} × {height}")
-    panel.set_anchor("N")
     panel.axis("off")
 
 
@@ -137,8 +146,6 @@ def _draw_height(panel, clip):
 
 def _label(panel, title, x, y):
     panel.set(title=title, xlabel=x, ylabel=y)
-    panel.set_box_aspect(ASPECT)
-    panel.set_anchor("N")
     panel.xaxis.set_major_locator(MaxNLocator(4))
     panel.yaxis.set_major_locator(MaxNLocator(4))
     panel.ticklabel_format(useOffset=False)

@@ -27,8 +27,8 @@ def to_poses(pose, gripper, data):
         pose, gripper = pose[:, :width], pose[:, width:]
     gripper = np.asarray(gripper, np.float64)
     if gripper.size != len(pose):
-        raise ValueError(f"{gripper.size / len(pose):g} numbers for the gripper, expected 1: its closedness; "
-                         "set --data.keys.gripper")
+        raise ValueError(f"{gripper.size / max(1, len(pose)):g} numbers for the gripper, expected "
+                         "1: its closedness; set --data.keys.gripper")
     gripper = gripper.reshape(len(pose), 1)
     if data.gripper.scale != 1:
         gripper = gripper * data.gripper.scale

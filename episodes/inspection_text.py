@@ -204,7 +204,8 @@ def _steps(report, about):
     total = report["steps_looked_at"]
     if about:
         total *= report["episodes"] / max(1, report["looked_at"])
-    return f"{about}{round(total):,}; {least:,} to {most:,} an episode, in the middle {median:g}"
+    each = f"{least:,} to {most:,} an episode, in the middle {median:g}"
+    return f"{about}{round(total):,}; {each if least < most else f'{least:,} an episode'}"
 
 
 def _cameras(report):
@@ -296,8 +297,9 @@ def _gripper(report):
     (low, high), first = report["ranges"]["gripper"], report["gripper_starts_at"]
     if low == high:
         return f"{low:.3g} always"
-    likely = "1 is likely closed, as it should be" if first <= 0.5 else (
-        "1 may be open, see --data.gripper.invert")
+    likely = ("1 is likely closed, as it should be" if first < 0.35 else
+              "which end is open, that does not say" if first <= 0.5 else
+              "1 may be open, see --data.gripper.invert")
     return f"{low:.3g} to {high:.3g}; most episodes start at {first:.2g}: {likely}"
 
 

@@ -64,15 +64,16 @@ def _note_radius(cfg, clips):
     largest = abs(truth).max(axis=1)                                    # [P] m
     outside = (largest > e.radius).mean()
     fitting = np.quantile(largest, 0.95)
-    step = f"data.frame_step={cfg.data.frame_step}"
+    step = f"data.frame_step={clips[0]['frame_step']}"
     if outside > 0.2:
         tqdm.write(f"WARNING: {outside:.0%} of the true actions lie outside of a grid of ±"
                    f"{100 * e.radius:.3g} cm: at {step} moves are up to {100 * fitting:.3g} cm; "
                    f"--energy.radius={fitting:.2g} would hold 95 % of them")
     elif fitting < 4 * e.radius / (e.grid - 1):
         tqdm.write(f"WARNING: 95 % of the true actions are shorter than {100 * fitting:.2g} cm, "
-                   f"two points of a grid of ±{100 * e.radius:.3g} cm: at {step} the robot hardly "
-                   f"moves; --energy.radius={2 * fitting:.2g} or a larger --data.frame_step")
+                   f"within two points of the middle of a grid of ±{100 * e.radius:.3g} cm: at "
+                   f"{step} the robot hardly moves; --energy.radius={2 * fitting:.2g} or a larger "
+                   "--data.frame_step")
 
 
 def seen_in_training(clips, adapters, allowed):

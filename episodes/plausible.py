@@ -62,9 +62,10 @@ def path_fault(poses, data):
     for moves, (least, speed), unit in ((position, JUMP, "m"), (rotation, TURN, "rad")):
         step = int(moves.argmax())
         if moves[step] > max(least, speed / fps):
+            other = f"the rate not {fps:g} Hz (--data.fps)" if unit == "m" else (
+                "this not the kind of rotation (--data.rotation)")
             return (f"a jump of {moves[step]:.2g} {unit} from step {step} to {step + 1}: are poses "
-                    f"missing or padded, or is the rate not {fps:g} Hz (--data.fps)? "
-                    "(--data.check=false takes it)")
+                    f"missing or padded, or is {other}? (--data.check=false takes it)")
     # One episode among others: of a whole data set `examine` says what the unit may be.
     for what, values, limit in (("positions", abs(poses[:, :3]).max(axis=1), REACH),
                                 ("rotations", abs(poses[:, 3:6]).max(axis=1), TURNS)):
@@ -222,7 +223,7 @@ def _gripper(gripper, first, data, notes):
     if high > 1.05:
         what, most = (("more than 0 to 1000", high) if high > 1100 else
                       ("0 to 1000", 1000) if high > 260 else ("0 to 255", 255) if high > 150 else
-                      ("percent", 100) if 90 < high < 101 else ("a width in millimetres", high)
+                      ("percent", 100) if 86 < high < 101 else ("a width in millimetres", high)
                       if high > 3.2 else ("an angle in radians", high))
         return [f"{lies}: {what}? then --data.gripper.scale={scale / _widest(most, 1):.4g}, and "
                 f"{invert}"]

@@ -18,8 +18,8 @@ def labels(sets):
     """A name for each data set, for logs and metrics: the last part of its path, the camera too
     where others differ in nothing else, and a number where even that is not enough."""
     names = [_last_part(one) for one in sets]
-    if len({one.camera for one in sets}) > 1:
-        names = [f"{name}/{one.camera}" for name, one in zip(names, sets)]
+    names = [f"{name}/{one.camera}" if names.count(name) > 1 else name
+             for name, one in zip(names, sets)]
     return [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
 
 

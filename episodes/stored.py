@@ -260,6 +260,9 @@ class StoredLatents:
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""
         index = read_index(self.folder, int(file), self.data.frame_step)
         path = self.folder / f"{int(file):05d}.bin"
+        if not path.exists():
+            raise ValueError(f"{path}: is gone; was the store moved or removed? Give its place now "
+                             "with --data.latents=FOLDER, or run latents.py again")
         row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
         if index is None or _size(path) != sum(index["rows"].tolist()) * row_bytes:
             raise ValueError(f"{path}: cut short or damaged; run latents.py again: it makes what "

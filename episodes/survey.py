@@ -13,6 +13,7 @@ import numpy as np
 
 from episodes import plausible
 from episodes.clips import clip_span, in_split, usable_starts
+from episodes.identity import of_poses
 from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
 
@@ -21,6 +22,7 @@ FEW_FILES = 2000        # of which each holds an episode: all are looked at
 FEW_BYTES = 1 << 30     # of local TFRecords that are read from front to back
 SAMPLE = 8              # episodes of which units and images are looked at
 MANY_EPOCHS = 100
+NOBODY = ("no episode",)        # as data.val_episodes: the hash of names is not to decide
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Survey:
     label: str
     exact: bool                                 # whether all episodes were looked at
     names: dict = field(default_factory=dict)   # {name of a usable episode: its clips}
+    recordings: dict = field(default_factory=dict)  # {identity of its poses: that name}
     status: Counter = field(default_factory=Counter)        # episodes by what becomes of them
     total: int = 0                              # episodes, as far as known
     poses: list = field(default_factory=list)   # of the first ones
@@ -92,6 +95,23 @@ def survey_of(source):
     return _surveys[key]
 
 
+def on_one_side(sources):
+    """Puts recordings that several data sets hold, such as a camera each, on one side of the split:
+    that of the first set, by data.val_episodes of the others."""
+    sides = {}                                  # {identity: whether it is for validation}
+    for source in sources:
+        survey = source.survey
+        if not survey.exact:                    # nor can be told which episodes it has
+            continue
+        known = {name: sides[one] for one, name in survey.recordings.items() if one in sides}
+        val = [name for name in survey.names
+               if known.get(name, in_split(name, "val", survey.data))]
+        if any(known[name] != in_split(name, "val", survey.data) for name in known):
+            source.data = replace(source.data, val_episodes=tuple(val) or NOBODY)
+            source.survey = replace(survey, data=source.data)
+        sides |= {one: name in val for one, name in survey.recordings.items() if one not in sides}
+
+
 def _files(source):
     return sorted({part for file in source.files[:FEW_FILES] for part in source.parts(file)})
 
@@ -120,6 +140,9 @@ def _look(source):
             survey.status[status] += 1
             if status == "used":
                 survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
+                # of one camera there may be a step more
+                survey.recordings |= {of_poses(episode.poses): episode.name,
+                                      of_poses(episode.poses[:-1]): episode.name}
             # One of another unit is left out; if most are, that unit is to be named.
             some, poses = odd if status == "damaged" else sound, episode.poses
             if len(some) < SAMPLE and poses.ndim == 2 and poses.shape[1] == 7 and (
@@ -167,7 +190,7 @@ def _check(source, survey, names, images):
             continue                            # said when the episode is read
         faults.append(plausible.frame_fault(frames))
         span = episode.poses[start:start + clip_span(survey.data)]
-        still.append(plausible.frozen(frames) and np.ptp(span[:, :3], axis=0).max() > 0.05)
+        still.append(plausible.frozen(frames) and np.ptp(span[:, :3], axis=0).max() > 0.02)
     if faults and all(faults):
         errors.append(f"the images of the first {len(faults)} episodes are wrong: {faults[0]}")
     elif len(still) > 1 and all(still):

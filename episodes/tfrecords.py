@@ -2,6 +2,7 @@
 
 TensorFlow is an argument, `tf`: only droid.py loads it, and only where records are read.
 """
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
@@ -86,6 +87,31 @@ def _dataset_from(tf, file, offset):
     records = tf.raw_ops.TFRecordDatasetV2(filenames=[file], compression_type="",
                                            buffer_size=8 << 20, byte_offsets=[offset])
     return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+
+def read_text(tf, minutes, file):
+    """The text of a file, "" if there is none."""
+    def read():
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            return stream.read().decode(errors="replace")
+    with suppress(FileNotFoundError):
+        return Connection(tf, file, minutes).call(read)
+    return ""
+
+
+def wanted_features(tf, data, image_key):
+    """What tf.io.parse_single_example is to read of a record: images stay compressed."""
+    keys = data.keys
+    numbers = tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True)
+    features = {keys.pose: numbers}
+    if keys.gripper:
+        features[keys.gripper] = numbers
+    if data.drop_idle:
+        features[keys.joint_velocity] = numbers
+    features[image_key] = tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)
+    if keys.episode:
+        features[keys.episode] = tf.io.FixedLenFeature([], tf.string, "")
+    return features
 
 
 def check_keys(tf, files, records, data, image_key):

@@ -41,23 +41,23 @@ def check_training(cfg):
                          "another --out_dir")
 
 
-def check_ranks():
+def check_ranks(meeting=True):
     """What torchrun tells each process by environment variables: a cluster may set some of them, or
-    a shell may still have them."""
-    fault = _fault_of_ranks(os.environ) if "RANK" in os.environ else ""
+    a shell may still have them. meeting: whether the processes talk to each other."""
+    fault = _fault_of_ranks(os.environ, meeting) if "RANK" in os.environ else ""
     if fault:
         raise ValueError(f"the environment variable RANK is set, but {fault}; start all processes "
                          "with torchrun, or this one alone after: unset RANK WORLD_SIZE LOCAL_RANK")
 
 
-def _fault_of_ranks(env):
+def _fault_of_ranks(env, meeting):
     numbers = {}
     for name, least, most in (("RANK", 0, 1 << 20), ("WORLD_SIZE", 1, 1 << 20),
                               ("LOCAL_RANK", 0, 1 << 20), ("MASTER_PORT", 1, (1 << 16) - 1)):
         # Not all launchers set it, and a process alone needs no meeting place.
         if name == "LOCAL_RANK" and name not in env:
             continue
-        if name == "MASTER_PORT" and numbers["WORLD_SIZE"] == 1:
+        if name == "MASTER_PORT" and (numbers["WORLD_SIZE"] == 1 or not meeting):
             return ""
         if not re.fullmatch("[0-9]{1,7}", env.get(name, "")):
             return f"{name} is {repr(env[name])[:60] if name in env else 'not set'}"

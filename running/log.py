@@ -104,6 +104,8 @@ class Logger:
         if self.tensorboard:
             for key, value in values.items():
                 self.tensorboard.add_scalar(key, value, step)
+            # A kill would lose what is kept back, which is of up to two minutes.
+            self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(values, step=step)
 

@@ -75,8 +75,8 @@ def exit_code():
 
 def fail(message, script=""):
     """Prints one line to stderr and ends the script with code 1."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
+    rank = os.environ.get("RANK") or "0"
+    if rank != "0":
         # What stops all ranks is said once: torchrun ends this one while it waits.
         time.sleep(2)
         message = f"rank {rank}: {message}"

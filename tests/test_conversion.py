@@ -1,5 +1,5 @@
-"""Poses of other conventions become x y z (m), extrinsic xyz Euler angles (rad), gripper 0..1: exact
-against scipy, as rotations, since many Euler angles are one rotation."""
+"""Poses of other conventions become x y z (m), extrinsic xyz Euler angles (rad), gripper 0..1:
+exact against scipy, as rotations, since many Euler angles are one rotation."""
 from dataclasses import replace
 
 import numpy as np
@@ -199,11 +199,11 @@ MATRIX = turning().as_matrix()
 
 
 @pytest.mark.parametrize("pose, gripper, kind, says", [
-    (QUATERNIONS, None, "euler_xyz", "four of them have norm 1: a quaternion? --data.rotation=quat"),
+    (QUATERNIONS, None, "euler_xyz", "four of them have norm 1: a quaternion? --data.rotation="),
     (QUATERNIONS[:, :7], of_width(1), "euler_xyz", "four of them have norm 1: a quaternion?"),
     (np.roll(QUATERNIONS, 4, 1), None, "euler_xyz", "choose columns with --data.pose_slice"),
-    (QUATERNIONS[:, :7], None, "quat_xyzw", "the gripper is missing: name it with --data.keys.grip"),
-    (of_width(6), None, "euler_xyz", "expected 7: x y z, Euler angles, gripper; the gripper is mis"),
+    (QUATERNIONS[:, :7], None, "quat_xyzw", "the gripper is missing: name it with --data.keys.g"),
+    (of_width(6), None, "euler_xyz", "expected 7: x y z, Euler angles, gripper; the gripper is "),
     (of_width(7), of_width(1), "euler_xyz", "is its last number the gripper? --data.keys.gripper="),
     (of_width(14), None, "euler_xyz", "choose columns with --data.pose_slice"),
     (np.concatenate([of_width(3), MATRIX[:, :2].reshape(20, 6), of_width(1)], axis=1), None,

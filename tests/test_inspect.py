@@ -1,55 +1,24 @@
-"""What `droid.py inspect` says of a data set: its numbers are computed anew here, from the files."""
+"""What `droid.py inspect` says of a data set: its numbers, computed anew here, from the files."""
 import json
-import os
-import shlex
-import subprocess
-import sys
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import lerobot_writer
 import numpy as np
 import pytest
-from PIL import Image
+from inspected import SMALL, Said, scaled, walk, write_npz
 from scipy.spatial.transform import Rotation
 
-import config
-import droid
 import small
 import tabletop
-from episodes import contact_sheet, inspection, inspection_text
-from episodes.crops import crop_frames
+from episodes import contact_sheet, inspection
 from parity import SHARED
-from running import command_line
-from tabletop.world import make_episodes
-
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--data.only_success=false", "--data.frame_step=2", "--data.clip_frames=4",
-         "--data.clip_stride=2", "--data.crop=none", "--model.size=tiny"]
-
-
-class Said:
-    """What a call of inspect printed and wrote."""
-
-    def __init__(self, capsys, out, args):
-        given = command_line.parse("droid.py", "", ["inspect", *map(str, args), f"--out={out}"])
-        self.error = ""
-        try:
-            inspection_text.run(given, droid._open)
-        except ValueError as error:
-            self.error = str(error)
-        self.text = capsys.readouterr().out
-        written = json.loads((out / "inspect.json").read_text())
-        self.reports, self.command = written["data_sets"], written["train"]
-        self.report = self.reports[0]
-        self.picture = out / "inspect.png"
-        assert all(len(line) <= 100 for line in self.text.splitlines() if "python" not in line)
 
 
 @pytest.fixture
-def inspect(capsys, tmp_path):
+def inspect(capsys, tmp_path, monkeypatch):
+    # Drawn in tests/test_inspect_command.py, which takes a second each.
+    monkeypatch.setattr(contact_sheet, "write", lambda path, clips: path.write_bytes(b"drawn"))
     return lambda *args: Said(capsys, tmp_path / "out", args)
 
 
@@ -94,28 +63,6 @@ def n_clips(n, frames=4, step=2, stride=2):
 
 def in_val(name, share=0.1):
     return zlib.crc32(name.encode()) / 2 ** 32 < share
-
-
-def walk(random, n, move=0.004):
-    """Poses of an arm that rests in the middle."""
-    poses = np.cumsum(random.normal(0, move, (n, 7)), axis=0) + [0.4, 0, 0.3, 0, 0, 0, 0]
-    poses[:, 3] = (poses[:, 3] + np.pi + 0.01) % (2 * np.pi) - np.pi
-    poses[n // 3:n // 2] = poses[n // 3]
-    poses[:, 6] = np.linspace(0, 1, n) * (np.arange(n) > n // 2)
-    return poses
-
-
-def write_npz(folder, lengths, edit=None, **more):
-    folder.mkdir()
-    random, tracks = np.random.default_rng(0), {}
-    for i, n in enumerate(lengths):
-        frames = random.integers(0, 256, (n, 24, 40, 3)).astype(np.uint8)
-        arrays = {"observations": frames, "states": walk(random, n)} | more
-        if edit:
-            edit(i, arrays)
-        tracks[f"ep_{i}.npz"] = arrays["states"]
-        np.savez(folder / f"ep_{i}.npz", **arrays)
-    return tracks
 
 
 def test_numbers_of_npz(inspect, tmp_path):
@@ -205,7 +152,8 @@ def test_numbers_of_real_episodes(inspect, tmp_path):
             feature["steps/action_dict/joint_velocity"].float_list.value).reshape(len(poses), -1))
         frames = [tf.io.decode_jpeg(value).numpy() for value
                   in feature[f"{keys}wrist_image_left"].bytes_list.value]
-        np.savez(tmp_path / f"npz/{i}.npz", observations=np.stack(frames), states=tracks[i], fps=5)
+        if i < 3:
+            np.savez(tmp_path / f"npz/{i}.npz", observations=frames, states=tracks[i], fps=5)
     settings = ["--data.only_success=false", "--data.frame_step=5", "--data.clip_frames=8",
                 "--model.size=tiny"]
     said = inspect(records, "--data.fps=5", *settings)
@@ -217,8 +165,9 @@ def test_numbers_of_real_episodes(inspect, tmp_path):
     assert [one["name"] for one in said.report["cameras"]] == [
         "exterior_image_1_left", "exterior_image_2_left", "wrist_image_left"]
     made = inspect(tmp_path / "npz", *settings)
-    check_numbers(made.report, list(tracks.values()), 5, 5)
-    assert made.report["image_sizes"] == [[180, 320, 6]] == said.report["image_sizes"]
+    check_numbers(made.report, [tracks[i] for i in range(3)], 5, 5)
+    assert made.report["image_sizes"] == [[180, 320, 3]]
+    assert said.report["image_sizes"] == [[180, 320, 6]]
     for name in ("lerobot_real", "lerobot_real_v21"):
         folder = SHARED / "data" / name
         rows = [row for path in sorted(folder.glob("data/*/*.parquet"))
@@ -251,10 +200,6 @@ def idle_of(velocities):
 
 
 # What is wrong is said, and the rest goes on
-
-def scaled(i, arrays):
-    arrays["states"][:, :3] *= 1000
-
 
 def black(i, arrays):
     arrays["observations"][:] = 7
@@ -314,7 +259,7 @@ def test_bad_episodes_are_named_with_the_reason(inspect, tmp_path):
     assert said.report["jumps"]["episodes"] == ["ep_2.npz"] and said.report["jumps"]["steps"] == 1
     assert said.report["jumps"]["longest_m"] == pytest.approx(1, abs=0.1)
     assert said.report["duplicates"]["poses"] == [["copy\n8", "copy\n9"]]
-    assert "copy 8 = copy 9" in said.text and "3 episodes, left out" in said.text
+    assert "copy 8 = copy 9" in " ".join(said.text.split()) and "3 episodes, left out" in said.text
     # Nothing is said of the moves of the damaged ones.
     assert max(said.report["moves"]["sigma_cm"]) < 2
 
@@ -345,16 +290,19 @@ def test_a_sample_of_many_files_is_spread_and_says_so(inspect, tmp_path, monkeyp
     tracks = write_npz(tmp_path / "robot", [24] * 21)
     monkeypatch.setattr(inspection, "FEW_FILES", 20)
     monkeypatch.setattr(inspection, "MANY", 5)
-    names = sorted(tracks)
-    for name in set(names) - set(names[::5]):
+    source = droid._open(small.data_recipe(tmp_path / "robot"))
+    chosen = [Path(file).name for file in inspection._chosen(source)[0]]
+    numbers = [sorted(tracks).index(name) for name in chosen]
+    assert [number * 5 // 21 for number in numbers] == [0, 1, 2, 3, 4]
+    for name in set(tracks) - set(chosen):
         (tmp_path / "robot" / name).write_text("not to be read")
     said = inspect(tmp_path / "robot", *SMALL)
     report = said.report
     assert (report["looked_at"], report["episodes"], report["complete"]) == (5, 21, False)
-    check_numbers(report, [tracks[name] for name in names[::5]], 2, 15)
+    check_numbers(report, [tracks[name] for name in chosen], 2, 15)
     assert "a sample of 5 of about 21 episodes" in said.text and not report["bad"]
     assert report["clips"]["train"]["clips"] == round(
-        21 / 5 * sum(n_clips(24) for name in names[::5] if not in_val(name)))
+        21 / 5 * sum(n_clips(24) for name in chosen if not in_val(name)))
 
 
 def test_a_sample_of_large_records(inspect, tmp_path, monkeypatch):
@@ -368,149 +316,3 @@ def test_a_sample_of_large_records(inspect, tmp_path, monkeypatch):
     lengths = json.dumps({"splits": [{"name": "train", "shardLengths": ["3", "2"]}]})
     (tmp_path / "records/dataset_info.json").write_text(lengths)
     assert inspect(tmp_path / "records", *SMALL, "--data.check=false").report["episodes"] == 5
-
-
-# The picture
-
-@pytest.mark.parametrize("crop", ["center", "droid", "none"])
-@pytest.mark.parametrize("shape", [(180, 320), (320, 180), (64, 64), (33, 101)])
-def test_the_rectangle_is_what_the_crop_keeps(shape, crop):
-    down, across = np.indices(shape)
-    image = np.stack([down, across, 0 * down], axis=-1)
-    # Positions in steps of 1/255 of the image
-    image = (255 * image / [shape[0] - 1, shape[1] - 1, 1]).round().astype(np.uint8)
-    frame = crop_frames(image[None], crop, 256)[0].numpy().astype(float)
-    left, top, width, height = inspection.crop_rectangle(*shape, crop, 256)
-    found = (frame[:, :, 1].min() / 255 * shape[1], frame[:, :, 0].min() / 255 * shape[0],
-             np.ptp(frame[:, :, 1]) / 255 * shape[1], np.ptp(frame[:, :, 0]) / 255 * shape[0])
-    assert np.allclose((left, top, width, height), found, atol=2.5)
-
-
-@pytest.mark.parametrize("kind", ["records", "npz"])
-def test_the_sheet_shows_the_frames_that_it_names(tmp_path, kind):
-    write = {"records": small.write_records, "npz": small.write_trajectories}[kind]
-    write(tmp_path)
-    cfg = small.data_recipe(tmp_path, "--data.only_success=false", "--data.crop=center")
-    source = droid._open(cfg)
-    source.label = ""
-    before = source.data
-    _, clips = inspection.look(source, cfg)
-    assert len(clips) == 4 and source.data == before
-    for clip in clips:
-        shades = clip.frames.mean((1, 2, 3)) / small.SHADE
-        assert np.allclose(shades, clip.numbers, atol=0.4), (shades, clip.numbers)
-        assert np.allclose(100 * clip.poses[clip.numbers, 0], clip.numbers, atol=1e-4)
-        assert abs(clip.whole.mean() / small.SHADE - clip.numbers[0]) < 0.4
-        assert clip.shape == (24, 32) and len(clip.numbers) == 4
-
-
-def test_the_picture_has_a_row_for_each_clip(inspect, tmp_path):
-    write_npz(tmp_path / "a", [30] * 3)
-    write_npz(tmp_path / "b", [12] * 2)
-    said = inspect(tmp_path / "a", tmp_path / "b", *SMALL)
-    assert [report["label"] for report in said.reports] == ["a", "b"]
-    assert "a: " in said.text and "b: " in said.text
-    with Image.open(said.picture) as image:
-        assert image.size[0] == 1650 and 1200 < image.size[1] < 1500        # 5 rows
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 1000
-    # A clip of one frame, an arm that rests, an odd name
-    clip = contact_sheet.SheetClip(
-        "a $x_^ \\frac \x07" + 200 * "ä", "training", np.zeros((1, 64, 64, 3), np.uint8),
-        np.array([0]), np.zeros((64, 64, 3), np.uint8), (2, 3), (0, 0, 3, 2), np.zeros((1, 7)), 5.0)
-    contact_sheet.write(tmp_path / "x.png", [clip])
-    assert (tmp_path / "x.png").stat().st_size > 5000
-
-
-# The command
-
-def test_one_bad_data_set_among_several(inspect, tmp_path):
-    write_npz(tmp_path / "a", [30] * 3)
-    said = inspect(tmp_path / "a", tmp_path / "a/ep_1.npz", *SMALL, "--data.fps=0",
-                   "--data.rotation=quat_xyzw")
-    assert "2 errors" in said.error and all(report["errors"] for report in said.reports)
-
-
-def test_the_command_that_trains_reads_the_same(inspect, tmp_path, monkeypatch):
-    write_npz(tmp_path / "my robot", [30] * 12)
-    said = inspect(tmp_path / "my robot", *SMALL, "--data.val_episodes=[ep_3.npz]")
-    words = shlex.split(said.command)
-    assert words[:3] == ["python", "train.py", "config.yaml"]
-    cfg = config.load(words[2:])
-    assert cfg.data.path == str(tmp_path / "my robot") and cfg.out_dir == "runs/my_robot"
-    assert cfg.data.val_episodes == ("ep_3.npz",) and cfg.data.clip_frames == 4
-    assert said.report["val_episodes"] == ["ep_3.npz"]
-    # As it is printed, over several lines, a shell reads the same.
-    printed = said.text[said.text.index("python train.py"):said.text.index("  written")]
-    assert shlex.split(printed.replace("\\\n", "")) == words
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("robot/a.npz", "robot2/a.npz", "with yaml/a.npz", "with yaml/config.yaml",
-                 "robot/meta.txt", "runs/x/metrics.jsonl"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    config.save(config.load(["--data.path=robot2", "--data.frame_step=7"]),
-                tmp_path / "runs/x/config.yaml")
-    (tmp_path / "my.yaml").write_text("data: {path: [robot, robot2], weights: [1, 2]}\nlr: 1e-3\n")
-    return tmp_path
-
-
-@pytest.mark.parametrize("line, path, step", [
-    ("robot", "robot", 4), ("robot/ --data.frame_step=3", "robot/", 3),
-    ("robot/*.npz", "robot/*.npz", 4), ("robot robot2", ("robot", "robot2"), 4),
-    ("'[robot, robot2]'", ("robot", "robot2"), 4), ("'with yaml' robot", ("with yaml", "robot"), 4),
-    ("gs://gresearch/robotics/droid_100/1.0.0", "gs://gresearch/robotics/droid_100/1.0.0", 4),
-    ("runs/x", "robot2", 7), ("runs/x robot", "robot", 7), ("robot runs/x", "robot", 7),
-    ("my.yaml", ("robot", "robot2"), 4), ("my.yaml robot", "robot", 4),
-    ("my.yaml --data.path=robot --data.weights=[]", "robot", 4),
-    ("robot robot2 --data.weights=[1,3]", ("robot", "robot2"), 4)])
-def test_understood(folder, line, path, step):
-    given = command_line.parse("droid.py", "", ["inspect", *shlex.split(line)])
-    assert given.cfg.data.path == path and given.cfg.data.frame_step == step
-
-
-@pytest.mark.parametrize("line, words", [
-    ("robot", "python droid.py inspect FOLDER"), ("show robot", "is its one command"),
-    ("inspect", "name a folder of data"), ("inspect nowhere", "nowhere: no file matches"),
-    ("inspect robot --data.path=robot2", "is also given as --data.path=robot2"),
-    ("inspect no.yaml robot", "no.yaml: no such config file"),
-    ("inspect robot --outt=x", "did you mean --out"), ("inspect robot --out", "--out needs one"),
-    ("inspect robot --out=my.yaml", "my.yaml: is a file"),
-    ("inspect robot --data.camra=x", "did you mean data.camera"),
-    ("inspect robot ~nobody-here", "no such user")])
-def test_told(folder, line, words):
-    with pytest.raises(ValueError) as error:
-        command_line.parse("droid.py", "", shlex.split(line))
-    assert words in str(error.value), str(error.value)
-
-
-def test_default_folder():
-    data = config.load(["--data.path=gs://gresearch/robotics/droid_100/1.0.0"]).data
-    assert str(inspection_text.default_folder([data])) == "inspect/droid_100"
-    two = [data, replace(data, path="/x/my robot/"), replace(data, path="..")]
-    assert inspection_text.default_folder(two).parent == Path("inspect")
-
-
-def test_the_script_ends_with_code_1_and_needs_no_tensorflow(tmp_path):
-    write_npz(tmp_path / "robot", [30] * 3, scaled)
-    code = ("import runpy, sys; sys.argv = ['droid.py', 'inspect', *sys.argv[1:]]\n"
-            "try: runpy.run_path('droid.py', run_name='__main__')\n"
-            "finally: print('imported:', 'tensorflow' in sys.modules, flush=True)")
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "robot"), f"--out={tmp_path}/out", *SMALL],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 1 and "imported: False" in result.stdout
-    assert result.stderr.count("\n") == 1 and "1 error in these data" in result.stderr
-    assert "--data.position_scale=0.001" in result.stdout
-    assert (tmp_path / "out/inspect.json").exists()
-
-
-def test_the_toy_needs_no_settings_of_its_own(inspect, tmp_path):
-    """As in docs/data.md."""
-    pytest.importorskip("tensorflow")
-    episodes = make_episodes(np.random.default_rng(1), 4, 27)
-    tabletop.write_rlds(tmp_path / "tabletop", episodes, 1)
-    said = inspect(tmp_path / "tabletop", ROOT / "tabletop/toy.yaml")
-    assert not said.error and said.report["became"] == {"used": 4}

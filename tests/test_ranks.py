@@ -81,6 +81,17 @@ def test_a_rank_without_partners_says_for_whom_it_waits_and_ends(monkeypatch, ca
     assert said.count("\n") == 1
 
 
+def test_a_number_that_is_none_ends_in_one_line():
+    """Also where that line is printed, and of which rank."""
+    env = os.environ | TWO | {"RANK": "x", "PYTHONPATH": str(SCENARIOS.parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", "from running import checks, command_line\n"
+         "with command_line.one_line_errors('x.py'): checks.check_ranks()"],
+        env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("x.py: rank x: the environment variable RANK is set, but RANK is")
+
+
 def test_one_process_needs_no_meeting(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -234,6 +234,31 @@ def test_latents_stored_by_an_earlier_version_are_read(base, tmp_path):
     assert sum(len(batch["h"]) for batch in loader) == 2 and "1 damaged" in loader.report()
 
 
+def test_a_store_that_goes_while_it_is_read_is_said_to_be_gone(base, tmp_path):
+    cfg = recipe(base, tmp_path, f"--data.latents={tmp_path}/store")
+    latents.encode(cfg)
+    source = StoredLatents(cfg)
+    assert list(source.episodes("0"))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{tmp_path}/store/00001.bin: is gone; was the store mov"):
+        list(source.episodes("1"))
+
+
+def test_files_that_other_ranks_have_still_to_make_are_counted(base, tmp_path, monkeypatch, capsys):
+    """Or that nobody makes, since RANK and WORLD_SIZE are left of something else."""
+    cfg = recipe(base, tmp_path, f"--data.latents={tmp_path}/store")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, says in (("0", "; 3 of 6 files are still missing, which are those of other ranks; if "
+                             "there are none: unset RANK WORLD_SIZE"), ("1", "; use --data.lat")):
+        monkeypatch.setenv("RANK", rank)
+        latents.encode(cfg)
+        last = [line for line in capsys.readouterr().out.splitlines() if "by rank" in line][-1]
+        assert says in last and ("use --data.latents" in last) == (rank == "1")
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(ValueError, match="RANK is set, but RANK is 'abc'; start all"):
+        latents.encode(cfg)
+
+
 def test_files_of_an_earlier_version_are_not_made_again(base, tmp_path, monkeypatch):
     """latents.py takes them for what it would write: their settings, sizes and SHA-256."""
     store = shutil.copytree(OLD, tmp_path / "store")
