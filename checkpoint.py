@@ -363,6 +363,7 @@ def load(run, cfg, predictor, optimizer, scaler, loader):
     shape."""
     folder, state = run.out / f"step_{run.start}", run.state
     lora.load(predictor, folder, any_base=run.other_base)
+    settings_of_groups = [set(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():
@@ -373,8 +374,11 @@ def load(run, cfg, predictor, optimizer, scaler, loader):
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{folder}/state.pt: its optimizer state does not fit the adapters "
                          f"({error}); --init={folder} starts a new run from its adapter") from None
-    for group in optimizer.param_groups:
+    for group, names in zip(optimizer.param_groups, settings_of_groups):
         group.update(optimizer.defaults)                    # a resume may change weight_decay
+        # PyTorch adds some on loading, and a run that is resumed is to have equal bytes.
+        for name in set(group) - names:
+            del group[name]
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved = state["ranks"]
     if len(saved) != world_size and rank == 0:

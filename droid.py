@@ -224,8 +224,10 @@ def _per_step(values, key, n):
 
 def main(args):
     """What `python droid.py inspect` runs. args: as for `script.run`."""
-    from episodes import inspection_text
-    script.run("droid.py", __doc__, args, lambda given: inspection_text.run(given, _open))
+    def inspect(given):
+        from episodes import inspection_text
+        inspection_text.run(given, _open)
+    script.run("droid.py", __doc__, args, inspect)
 
 
 if __name__ == "__main__":

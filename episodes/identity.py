@@ -36,12 +36,12 @@ def has_changed(known, stat=None):
         if is_remote(path):
             return stat is not None and identity(path, stat) != known
         about = os.stat(path)
-        if about.st_size != known["size"]:
+        if about.st_size != known["size"] or not os.path.isfile(path):
             return True
         times = about.st_mtime_ns, about.st_ctime_ns
         same = times == (known["mtime_ns"], known.get("ctime_ns"))
         return not same and identity(path)["sha256"] != known["sha256"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

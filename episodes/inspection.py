@@ -13,6 +13,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
+from tqdm import tqdm
 
 from episodes import plausible
 from episodes.clips import clip_span, in_split, usable_starts
@@ -59,7 +60,6 @@ class Walk:
     kept: list = field(default_factory=list)        # (file, Episode, starts [K]) of some "used"
     spare: list = field(default_factory=list)       # the same of the first others
     sizes: Counter = field(default_factory=Counter)             # (height, width) of images
-    n_success: int = 0
     n_lost: int = 0             # episodes that could not be read
     moving: int = 0             # steps in the stretches that data.drop_idle keeps, …
     with_velocity: int = 0      # … of so many with joint velocities
@@ -81,7 +81,9 @@ def look(source, cfg, reopen=None):
     idle = 1 - walk.moving / walk.with_velocity if walk.with_velocity else None
     if walk.bad and reopen:
         # An episode of which the velocities alone are damaged is good for training.
-        again = walk_over(reopen(), cfg, files, per_file)
+        plain = reopen()
+        plain.label = source.label
+        again = walk_over(plain, cfg, files, per_file)
         walk = again if len(again.bad) < len(walk.bad) else walk
     data, fps = _settings(source, cfg), source.data.fps or ASSUMED_FPS
     record, cameras = _cameras(source)
@@ -159,7 +161,7 @@ def walk_over(source, cfg, files, per_file=None):
     """Reads all episodes of some files, or the first `per_file` of each -> Walk."""
     data = _settings(source, cfg)
     walk, begin, stride, n_used = Walk(), perf_counter(), 1, 0
-    for file in files:
+    for file in tqdm(files, desc=source.label, unit="file", leave=False, disable=None):
         for episode in islice(source.episodes(file), per_file):
             if isinstance(episode, DamagedEpisode):
                 walk.bad.append(episode)
@@ -173,7 +175,6 @@ def walk_over(source, cfg, files, per_file=None):
             walk.seen.append(Seen(episode.name, episode.location, poses, status,
                                   len(starts) if used else 0, episode.success))
             walk.sizes[_image_size(source, episode.images)] += 1
-            walk.n_success += episode.success
             if velocity is not None and len(velocity):
                 walk.with_velocity += len(velocity)
                 walk.moving += sum(end - start for start, end in moving_stretches(velocity))

@@ -44,8 +44,8 @@ def run(given, open_files):
     command = train_command(given)
     folder.mkdir(parents=True, exist_ok=True)
     written = {"data_sets": reports, "train": shlex.join(command)}
-    write_file(folder / "inspect.json", json.dumps(written, indent=1, ensure_ascii=False,
-                                                   allow_nan=False).encode())
+    text = json.dumps(written, indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(folder / "inspect.json", text.encode(errors="replace"))
     if clips:
         contact_sheet.write(folder / "inspect.png", clips)
     else:
@@ -285,10 +285,12 @@ def _ranges(ranges, names, unit):
 
 
 def _angles(report):
-    crossings, text = report["crossings"], _ranges(report["ranges"], ("roll", "pitch", "yaw"),
-                                                   "rad")
-    return text and (f"{text}; ±π is crossed {_count(crossings['steps'], 'time')} in "
-                     f"{_count(crossings['episodes'], 'episode')}, which is handled")
+    text = _ranges(report["ranges"], ("roll", "pitch", "yaw"), "rad")
+    n, n_episodes = report["crossings"]["steps"], report["crossings"]["episodes"]
+    if text and n:
+        text += (f"; ±π is crossed {_count(n, 'time')} in {_count(n_episodes, 'episode')}, which "
+                 "is handled")
+    return text
 
 
 def _gripper(report):

@@ -76,8 +76,7 @@ class Tally:
     def _no_success_error(self):
         example = f", such as {sorted(self.names)[0]!r}" if self.names else ""
         return ValueError(f"{self.path}: none of {len(self.status)} episodes has /success/ in its "
-                          f"name (data.keys.episode), or is one by its own word{example}: set "
-                          "--data.only_success=false")
+                          f"name (data.keys.episode){example}: set --data.only_success=false")
 
     def counts(self):
         """Counter of this split's episodes by what became of them."""

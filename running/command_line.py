@@ -225,8 +225,8 @@ def _droid(given):
     usage = "python droid.py inspect FOLDER [RECIPE.yaml …] [--key=value …]"
     command, *paths = given.paths or [""]
     if command != "inspect":
-        raise ValueError(f"{command or 'droid.py'}: {usage} is its one command (--help explains "
-                         "it)")
+        raise ValueError(f"{command or 'droid.py'}: no command; there is one: {usage} (--help "
+                         "explains it)")
     given.paths = [path for path in paths if _is_recipe(path)]
     data = [path for path in paths if not _is_recipe(path)]
     keys = [key for key in given.keys if key.startswith("--data.path=")]

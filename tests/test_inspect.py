@@ -9,6 +9,7 @@ import pytest
 from inspected import SMALL, Said, scaled, walk, write_npz
 from scipy.spatial.transform import Rotation
 
+import droid
 import small
 import tabletop
 from episodes import contact_sheet, inspection

@@ -135,7 +135,7 @@ def test_understood(folder, line, path, step):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("robot", "python droid.py inspect FOLDER"), ("show robot", "is its one command"),
+    ("robot", "python droid.py inspect FOLDER"), ("show robot", "show: no command; there"),
     ("inspect", "name a folder of data"), ("inspect nowhere", "nowhere: no file matches"),
     ("inspect robot --data.path=robot2", "is also given as --data.path=robot2"),
     ("inspect no.yaml robot", "no.yaml: no such config file"),
