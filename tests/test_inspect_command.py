@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lerobot_writer
 import numpy as np
 import pytest
 from inspected import SMALL, Said, scaled, write_npz
@@ -65,6 +66,32 @@ def test_the_sheet_shows_the_frames_that_it_names(tmp_path, kind):
         assert np.allclose(100 * clip.poses[clip.numbers, 0], clip.numbers, atol=1e-4)
         assert abs(clip.whole.mean() / small.SHADE - clip.numbers[0]) < 0.4
         assert clip.shape == (24, 32) and len(clip.numbers) == 4
+
+
+@pytest.mark.parametrize("kind", ["records", "npz", "lerobot"])
+def test_the_first_image_is_shown_as_a_whole(tmp_path, kind):
+    """A white edge that the crop cuts off."""
+    frames = np.full((30, 32, 96, 3), 90, np.uint8)
+    frames[:, :, :16] = 255
+    if kind == "npz":
+        write_npz(tmp_path / "x", [30] * 2, lambda i, arrays: arrays.update(observations=frames))
+    elif kind == "records":
+        pytest.importorskip("tensorflow")
+        one = small.episode("a") | {"frames": {"front": frames}}
+        tabletop.write_rlds(tmp_path / "x", [one], 1)
+    else:
+        pytest.importorskip("av")
+        one = lerobot_writer.gray_episode(30) | {"images": {"front": frames}}
+        lerobot_writer.write(tmp_path / "x", [one])
+    cfg = small.data_recipe(tmp_path / "x", "--data.only_success=false", "--data.crop=center",
+                            "--data.camera=front")
+    source = droid._open(cfg)
+    source.label = ""
+    _, clips = inspection.look(source, cfg)
+    clip, size = clips[0], source.size
+    assert clip.frames.max() < 110 and clip.whole.shape == (size, size, 3)
+    assert clip.whole[:, :size // 8].min() > 230 and clip.whole[:, size // 4:].max() < 110
+    assert clip.shape == (32, 96) and clip.kept[0] > 16
 
 
 def test_the_picture_has_a_row_for_each_clip(inspect, tmp_path):
