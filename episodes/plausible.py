@@ -57,9 +57,8 @@ def path_fault(poses, data):
                 "or set --data.check=false")
     fps = data.fps or 15
     position = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1)    # [n - 1] m
-    rotation = Rotation.from_euler("xyz", poses[:, 3:6])
-    rotation = (rotation[1:] * rotation[:-1].inv()).magnitude()         # [n - 1] rad
-    for moves, (least, speed), unit in ((position, JUMP, "m"), (rotation, TURN, "rad")):
+    for moves, (least, speed), unit in ((position, JUMP, "m"),
+                                        (_turns(poses[:, 3:6]), TURN, "rad")):
         step = int(moves.argmax())
         if moves[step] > max(least, speed / fps):
             other = f"the rate not {fps:g} Hz (--data.fps)" if unit == "m" else (
@@ -77,6 +76,18 @@ def path_fault(poses, data):
         return (f"its gripper lies in {low:.3g} to {high:.3g}, and 0 to 1 is expected "
                 "(--data.check=false takes it)")
     return ""
+
+
+def _turns(angles):
+    """angles [n, 3] -> by how much each step turns [n - 1] in rad, or a little more if it is less
+    than TURN."""
+    # Three turns one after the other turn by their sum at most, which is fast to compute.
+    turns = abs((np.diff(angles, axis=0) + np.pi) % (2 * np.pi) - np.pi).sum(axis=1)
+    large = np.flatnonzero(turns > TURN[0])
+    if len(large):
+        before, after = (Rotation.from_euler("xyz", angles[large + i]) for i in (0, 1))
+        turns[large] = (after * before.inv()).magnitude()
+    return turns
 
 
 def frame_fault(frames):

@@ -4,6 +4,7 @@
     survey.data                         # its settings, with a validation episode at least
     print(*survey.lines(cfg), sep="\\n")
 """
+import difflib
 import os
 import zlib
 from collections import Counter
@@ -33,6 +34,7 @@ class Survey:
     exact: bool                                 # whether all episodes were looked at
     names: dict = field(default_factory=dict)   # {name of a usable episode: its clips}
     recordings: dict = field(default_factory=dict)  # {identity of its poses: that name}
+    known: set = field(default_factory=set)     # names of all episodes that were looked at
     status: Counter = field(default_factory=Counter)        # episodes by what becomes of them
     total: int = 0                              # episodes, as far as known
     poses: list = field(default_factory=list)   # of the first ones
@@ -134,6 +136,7 @@ def _look(source):
             if isinstance(episode, DamagedEpisode):
                 survey.status["damaged"] += episode.lost
                 continue
+            survey.known.add(episode.name)
             status, starts = usable_starts(episode, data)
             if isinstance(status, DamagedEpisode):
                 status = "damaged"
@@ -206,10 +209,6 @@ def _with_validation(survey):
     is likely for few, the one with the smallest hash is."""
     data, names = survey.data, list(survey.names)
     if data.val_episodes:
-        known = set(names)
-        if survey.exact and known and not known & set(data.val_episodes):
-            survey.notes.append(f"none of its episodes is named in data.val_episodes; they are "
-                                f"named such as {', '.join(sorted(known)[:3])}")
         return data
     if not survey.exact or not 0 < data.val_fraction < 1 or len(names) < 2:
         return data
@@ -220,3 +219,14 @@ def _with_validation(survey):
         return replace(data, val_episodes=(first,))
     return data
 
+
+def check_val_episodes(surveys):
+    """Raises ValueError for names in data.val_episodes that no episode has: with a typo there it
+    would be trained on."""
+    wanted = set(surveys[0].data.val_episodes)
+    known = {name for survey in surveys for name in survey.known}
+    unknown = sorted(wanted - known)
+    if unknown and all(survey.exact for survey in surveys):
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
+        raise ValueError(f"data.val_episodes: no episode is named {unknown[0]!r}; "
+                         f"{f'did you mean {close[0]!r}' if close else 'there is none'}?")

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 from types import SimpleNamespace
@@ -242,11 +241,7 @@ def _droid(given):
         given.keys += ["--data.weights=[]"] * bool(own_weights)
         given.keys.append(f"--data.path={data[0] if len(data) == 1 else _list(data)}")
     given.debug, given.cfg = False, load(given)
-    for one in config.data_sets(given.cfg.data):
-        is_lerobot = Path(one.path, "meta/info.json").is_file()         # opening it checks it
-        if not one.latents and not is_lerobot:
-            values = config.flat(replace(given.cfg, data=one))
-            check_sources(values | {"model.checkpoint": "random"})
+    check_sources(config.flat(given.cfg) | {"model.checkpoint": "random"})
     if "out" in given.options:
         given.options["out"] = expand_home(given.options["out"])
         check_target(given.options["out"], folder=True)

@@ -96,8 +96,7 @@ def both(data, *args):
 # Every window
 
 @pytest.mark.parametrize("world_size, cameras, copies", [
-    (1, "wrist_image_left", 1), (2, "wrist_image_left", 1), (3, "wrist_image_left", 1),
-    (1, f"[{','.join(CAMERAS)}]", 2), (3, f"[{','.join(CAMERAS)}]", 2)])
+    (1, "wrist_image_left", 1), (2, "wrist_image_left", 1), (3, f"[{','.join(CAMERAS)}]", 2)])
 def test_every_window_once_an_epoch_for_all_ranks(data, monkeypatch, world_size, cameras, copies):
     monkeypatch.setattr(clips, "FILES_PER_WINDOW", 4)
     # .npz has one camera: two data sets of the same episodes
@@ -152,7 +151,7 @@ def test_stored_latents_and_npz_in_one_run(data, store, base):
 
 # Shares
 
-@pytest.mark.parametrize("weights", [(1, 3), (3, 1), (1, 1), (0.7, 0.2), (1, 0)])
+@pytest.mark.parametrize("weights", [(1, 3), (0.7, 0.2), (1, 0)])
 def test_shares_hold_in_every_batch_and_epochs_are_their_own(data, weights):
     cfg = both(data, f"--data.weights={list(weights)}", "--batch_size=8")
     loader = droid.create_dataloader(cfg)
@@ -201,16 +200,16 @@ def test_loaders_for_validation_tell_the_sets_apart(data):
 
 # Resuming
 
-@pytest.mark.parametrize("args", [[], ["--data.weights=[1,3]"],
+@pytest.mark.parametrize("args", [[],
                                   [f"--data.camera=[{','.join(CAMERAS)}]", "--data.weights=[2,1]"]])
 def test_resuming_at_any_point_goes_on_exactly(data, monkeypatch, args):
     monkeypatch.setattr(clips, "FILES_PER_WINDOW", 4)
     cfg = both(data, *args, "--data.shuffle_buffer=9")
     loader, batches, states = droid.create_dataloader(cfg), [], []
-    for batch, _ in zip(loader, range(50)):
+    for batch, _ in zip(loader, range(24)):
         batches.append(batch)
         states.append(json.loads(json.dumps(loader.state_dict())))      # as a checkpoint keeps it
-    for stop in (0, 1, 5, 17, 30, 44):
+    for stop in (0, 5, 17):
         fresh = droid.create_dataloader(cfg)
         fresh.load_state_dict(states[stop])
         for batch, expected in zip(fresh, batches[stop + 1:stop + 4]):
@@ -297,7 +296,7 @@ def test_cameras_of_records_and_a_missing_one(data, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["npz", "rlds"])
 def test_there_is_a_validation_episode_whatever_the_names_are(tmp_path, kind):
     random, n_forced = np.random.default_rng(0), 0
-    for trial in range(60 if kind == "npz" else 8):
+    for trial in range(30 if kind == "npz" else 4):
         n = 2 + trial % 12
         names = [random.bytes(4).hex() for _ in range(n)]
         folder = tmp_path / str(trial)
@@ -321,16 +320,17 @@ def test_there_is_a_validation_episode_whatever_the_names_are(tmp_path, kind):
         val = {e.name for file in source.files for e in source.episodes(file)
                if clips.in_split(e.name, "val", source.data)}
         assert len(val) == n_val
-    assert n_forced > 2
+    assert n_forced > (2 if kind == "npz" else 0)
 
 
-def test_validation_episodes_by_name(data, capsys):
+def test_validation_episodes_by_name(data):
     cfg = both(data, "--data.val_episodes=[e3.npz,/success/12/trajectory.h5]")
-    assert sides(cfg)["val"] == {3, 12} and not sides(cfg)["train"] & {3, 12}
+    assert sides(cfg) == {"val": {3, 12}, "train": {*range(9), *range(10, 17)} - {3, 12}}
     cfg = both(data, "--data.val_episodes=[e3.npz]")        # one of the two sets has none
-    assert sides(cfg)["val"] == {3}
-    notes = [note for source in droid.open_source(cfg).sources for note in source.survey.notes]
-    assert any("none of its episodes is named in data.val_episodes" in note for note in notes)
+    assert [len(seen(loader)) > 0 for loader in droid.validation_loaders(cfg).values()] == [
+        True, False]
+    with pytest.raises(ValueError, match="no episode is named 'e33.npz'; did you mean 'e3.npz'"):
+        droid.open_source(both(data, "--data.val_episodes=[e33.npz]"))
 
 
 # Settings
