@@ -47,7 +47,7 @@ from episodes.several import Mix, Several, labels
 from episodes.shards import count_episodes, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
-from episodes.survey import check_val_episodes, survey_of
+from episodes.survey import check_val_episodes, on_one_side, survey_of
 from episodes.tf import tensorflow
 from episodes.tfrecords import check_keys, read_records, read_text, wanted_features
 from model import resolve_size
@@ -89,6 +89,7 @@ def open_sets(cfg):
         source.survey = survey_of(source)
         source.data = source.survey.data
         sources.append(source)
+    on_one_side(sources)
     if cfg.data.val_episodes:
         check_val_episodes([source.survey for source in sources])
     return sources

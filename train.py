@@ -227,9 +227,7 @@ def evaluate(world, batches, cfg, autocast, device):
             sums.update({(name, loss): value.item() * n for loss, value in losses.items()})
             clips[name] += n
     world.train()
-    # A rank may have no clip.
-    of_ranks = ranks.gather_from_ranks((sums, clips))
-    sums, clips = (sum(counters, Counter()) for counters in zip(*of_ranks))
+    sums, clips = map(ranks.add_up, (sums, clips))      # a rank may have no clip
     means, of_sets = Counter(), Counter()
     for (name, loss), total in sums.items():
         means[f"val_{loss}"] += total / clips.total()

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -167,6 +168,14 @@ def send_from_rank_0(tensors):
         with _together("getting rank 0's adapters"):
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def add_up(counter):
+    """The sum of a Counter over all ranks, with whatever names they have."""
+    total = Counter()
+    for of_rank in gather_from_ranks(counter):
+        total.update(of_rank)       # not +, which leaves out what is not above 0, such as NaN
+    return total
 
 
 def read_some(loaders, n, device):

@@ -124,7 +124,7 @@ def json_kinds(name):
 STORES = {
     "a good one": (lambda path: None, RIGHT),
     "another field": (edited(made="2027"), RIGHT),
-    "data.path of today": (edited(path="/elsewhere", keys={}), RIGHT),
+    "data.path of today": (edited(path="/elsewhere", keys={}), "was made from /elsewhere"),
     "data.keys of later": (edited(keys={"later": "x"}), RIGHT),
     **file_kinds("store.json", "store.json"),
     **json_kinds("store.json"),

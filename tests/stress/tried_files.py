@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 from copy import deepcopy
 from functools import lru_cache
 
+import numpy as np
 import torch
 from stress import spoiled_images, spoiled_npz, spoiled_stores
 
@@ -42,7 +43,7 @@ def check(name, text, expected):
 
 def prepare_episode(spoil, folder):
     """Beside a good one: what is left out is to cost that alone."""
-    spoiled_npz.episode()(folder)
+    spoiled_npz.episode(states=np.full((spoiled_npz.N, 7), 0.25))(folder)
     (folder / "odd.npz").rename(folder / "good.npz")
     spoil(folder)
     return folder
