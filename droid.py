@@ -86,7 +86,8 @@ def open_sets(cfg):
         one = replace(cfg, data=data)
         source = StoredLatents(one) if data.latents else _open(one)
         source.label = label
-        source.survey = survey_of(source)
+        # In a thread, so that Ctrl-C works while a bucket is waited for.
+        source.survey = in_thread(survey_of, source)
         source.data = source.survey.data
         sources.append(source)
     on_one_side(sources)

@@ -80,6 +80,8 @@ def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor
     control = finetune(out, cfg, "shuffled", "control")
     shutil.rmtree(out / "shuffled_control", ignore_errors=True)
     print(export.adapter(control, out / "shuffled_control"))
+    # Beside other images it has seen the poses of all episodes, by which recordings are told.
+    (out / "shuffled_control/trained_on.json").unlink()
 
     adapters = [out / f"lora/step_{step}" for step in saved_steps(out / "lora")]
     A, result_A = analyse_camera(out, cfg, CAMERA_A, adapters, "energy_A", planes=("xy",),

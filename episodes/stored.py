@@ -260,7 +260,7 @@ class StoredLatents:
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""
         index = read_index(self.folder, int(file), self.data.frame_step)
         path = self.folder / f"{int(file):05d}.bin"
-        if not path.exists():
+        if not (self.folder / "store.json").exists():
             raise ValueError(f"{path}: is gone; was the store moved or removed? Give its place now "
                              "with --data.latents=FOLDER, or run latents.py again")
         row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize

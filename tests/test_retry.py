@@ -124,9 +124,8 @@ def test_progress_starts_the_minutes_anew(folder, monkeypatch, now):
 def test_then_it_ends_in_one_line(folder, monkeypatch, now, error, minutes, says, n_pauses):
     cfg = data_recipe(folder, f"--data.retry_minutes={minutes}")
     break_reads(monkeypatch, lambda k: (0, error) if k else None)
-    loader = droid.create_dataloader(cfg)
     with pytest.raises(OSError) as caught:
-        next(iter(loader))
+        next(iter(droid.create_dataloader(cfg)))
     message = str(caught.value)
     assert says in message and str(folder) in message and "\n" not in message and len(message) < 500
     lost = error[0] not in ("NotFound", "InvalidArgument")

@@ -178,7 +178,7 @@ ADAPTERS = {
     "a key with a line break": (edit(**{"a\nb": "c\nd" * 500}), "only plain LoRA"),
     "IA3": (edit(peft_type="IA3"), "peft_type: 'IA3'"),
     "no peft_type": (edit(peft_type=...), "peft_type: None"),
-    "exclude_modules": (edit(exclude_modules=["x"], layers_to_transform=[0], revision="v2",
+    "exclude_modules": (edit(exclude_modules=["x"], layers_to_transform=None, revision="v2",
                              auto_mapping={"a": "b"}, peft_version="9", task_type="X"), RIGHT),
     "all-linear": (edit(target_modules="all-linear"), RIGHT),
     "regex": (edit(target_modules=r"(a+)+$.*"), RIGHT),
