@@ -5,6 +5,7 @@ Whatever is not there ends in one line with what there is.
 import re
 
 from config import KeysConfig
+from episodes.conversion import columns as pose_columns
 from files.reading import check_fields, is_inside, read_json, shown
 
 
@@ -108,6 +109,13 @@ def find_columns(features, data, path):
     for key, name in columns.items():
         if name and (name not in features or key != "episode" and not _is_numbers(features[name])):
             raise ValueError(_column_fault(features, key, name, path))
+    names = _names(features[columns["pose"]])
+    chosen = [names[i] for i in pose_columns(data.pose_slice, len(names))] if names else []
+    joints = [name for name in chosen[:6] if "joint" in name.lower()]
+    if joints and data.check:
+        raise ValueError(f"data.keys.pose: {', '.join(joints)} of {columns['pose']} in {path} are "
+                         "joints, no pose of the end effector; choose another column or "
+                         "--data.pose_slice (--data.check=false takes it)")
     return columns
 
 

@@ -93,8 +93,8 @@ def seen_in_training(clips, adapters, allowed):
             raise ValueError(
                 f"{adapter}: was trained on {len(names)} of {len({c['episode'] for c in clips})} "
                 f"episodes to measure on, such as {names[0]}: measure on others (data.val_fraction "
-                "and data.val_episodes as in training), or set --energy.allow_trained, which marks "
-                "the results")
+                "and data.val_episodes as in training; no copies of training episodes under other "
+                "names), or set --energy.allow_trained, which marks the results")
     return seen
 
 

@@ -90,6 +90,13 @@ def _turns(angles):
     return turns
 
 
+def known_moves(seconds):
+    """Standard deviations of DROID's moves along x y z in this time: [3] in metres."""
+    times = [step / 15 for step in KNOWN_MOVES]
+    return np.array([np.interp(seconds, [0, *times], [0, *axis])
+                     for axis in zip(*KNOWN_MOVES.values())])
+
+
 def frame_fault(frames):
     """What is wrong with frames [3, T, S, S] uint8, or ""."""
     low, high = frames.transpose(0, 1).flatten(1).aminmax(dim=1)        # [T]
@@ -225,6 +232,8 @@ def _gripper(gripper, first, data, notes):
         low, high = 1 - high, 1 - low
     lies = f"the gripper's number (the last) lies in {low:.3g} to {high:.3g}, {expected}"
     scale, invert = data.gripper.scale, "--data.gripper.invert=true if the largest is open"
+    if 0 < high <= 0.01 and scale < 1:
+        return [f"{lies}: is --data.gripper.scale={scale:g} too small?"]
     if high == low:
         notes.append(f"the gripper's number is {high:g} in all of the first episodes")
     if low < -0.05:

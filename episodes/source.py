@@ -90,10 +90,15 @@ def with_rate(data, fps, where):
     if not fps:
         raise ValueError(f"{where}: does not say at which rate it was recorded, which "
                          "data.step_seconds needs: set --data.fps")
+    if fps < 1:
+        raise ValueError(f"{where}: {fps:g} fps: is that the interval? Then --data.fps={1 / fps:g}")
     step = max(1, round(data.step_seconds * fps))
+    if abs(step / fps - data.step_seconds) > 0.3 * data.step_seconds:
+        raise ValueError(f"{where}: frames are {1 / fps:.3g} s apart ({fps:g} fps), and "
+                         f"data.step_seconds is {data.step_seconds:g}; set it to a multiple")
     if abs(step / fps - data.step_seconds) > 0.02 * data.step_seconds:
-        say_once(f"{where}: data.step_seconds {data.step_seconds:g} is {step} frames at {fps:g} "
-                 f"fps, which are {step / fps:.3g} s")
+        say_once(f"{where}: data.step_seconds {data.step_seconds:g} becomes {step / fps:.3g} "
+                 f"({step} at {fps:g} fps)")
     return replace(data, fps=fps, frame_step=step)
 
 

@@ -17,6 +17,7 @@ from episodes.clips import clip_span, in_split, usable_starts
 from episodes.identity import of_poses
 from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
+from files import say_once
 
 
 FEW_FILES = 2000        # of which each holds an episode: all are looked at
@@ -34,6 +35,7 @@ class Survey:
     exact: bool                                 # whether all episodes were looked at
     names: dict = field(default_factory=dict)   # {name of a usable episode: its clips}
     recordings: dict = field(default_factory=dict)  # {identity of its poses: that name}
+    twins: dict = field(default_factory=dict)   # {name: another one with the same poses}
     known: set = field(default_factory=set)     # names of all episodes that were looked at
     status: Counter = field(default_factory=Counter)        # episodes by what becomes of them
     total: int = 0                              # episodes, as far as known
@@ -68,6 +70,10 @@ class Survey:
             lines.append(f"{self.label}: moves from frame to frame, σ of x y z: "
                          f"{' '.join(f'{s:.2g}' for s in sigma)} cm; in DROID at step 4 "
                          "1.7 2.8 2.3, at step 15, which the released weights saw, 5.5 9.5 7.5")
+            known = plausible.known_moves(data.frame_step / (data.fps or 15))
+            if (sigma > 180 * known).any():
+                lines[-1] += (". WARNING: far more than DROID's at this time step: is the rate "
+                              "right? (--data.fps, --data.frame_step)")
         if n_clips and train:
             lines.append(f"{self.label}: the run sees {n_clips:,} clips of it, {about}"
                          f"{n_clips / train:,.3g} epochs")
@@ -106,9 +112,15 @@ def on_one_side(sources):
         if not survey.exact:                    # nor can be told which episodes it has
             continue
         known = {name: sides[one] for one, name in survey.recordings.items() if one in sides}
+        for name, first in survey.twins.items():        # of another name in this set
+            known.setdefault(name, known.get(first, in_split(first, "val", survey.data)))
         val = [name for name in survey.names
                if known.get(name, in_split(name, "val", survey.data))]
-        if any(known[name] != in_split(name, "val", survey.data) for name in known):
+        moved = sorted(name for name in known
+                       if known[name] != in_split(name, "val", survey.data))
+        if moved:
+            say_once(f"{source.label}: {len(moved)} episodes have the poses of others, such as "
+                     f"{moved[0]}, and are on their side of the split")
             source.data = replace(source.data, val_episodes=tuple(val) or NOBODY)
             source.survey = replace(survey, data=source.data)
         sides |= {one: name in val for one, name in survey.recordings.items() if one not in sides}
@@ -144,8 +156,10 @@ def _look(source):
             if status == "used":
                 survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
                 # of one camera there may be a step more
-                survey.recordings |= {of_poses(episode.poses): episode.name,
-                                      of_poses(episode.poses[:-1]): episode.name}
+                for identity in (of_poses(episode.poses), of_poses(episode.poses[:-1])):
+                    first = survey.recordings.setdefault(identity, episode.name)
+                    if first != episode.name:
+                        survey.twins[episode.name] = first
             # One of another unit is left out; if most are, that unit is to be named.
             some, poses = odd if status == "damaged" else sound, episode.poses
             if len(some) < SAMPLE and poses.ndim == 2 and poses.shape[1] == 7 and (

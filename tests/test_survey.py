@@ -1,0 +1,67 @@
+"""What a run is told of its data before it begins."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import config
+import droid
+from episodes import plausible
+from episodes.clips import in_split
+from episodes.source import with_rate
+from small import data_recipe
+
+
+def write(folder, name, poses, **arrays):
+    images = np.random.default_rng(0).integers(0, 255, (len(poses), 8, 8, 3)).astype(np.uint8)
+    np.savez(folder / f"{name}.npz", observations=images, states=poses, **arrays)
+
+
+def path(seed, n=30, move=0.01):
+    poses = np.cumsum(np.random.default_rng(seed).normal(0, move, (n, 7)), axis=0)
+    poses[:, 0] += 0.5
+    poses[:, 6] = np.linspace(0, 1, n)
+    return poses
+
+
+def test_recordings_of_two_names_lie_on_one_side(tmp_path, capsys):
+    for i in range(20):
+        for camera in ("left", "right"):
+            write(tmp_path, f"ep{i}_{camera}", path(i), episode=f"ep{i}_{camera}")
+    cfg = data_recipe(tmp_path, "--data.val_fraction=0.3")
+    loaders = [droid.create_dataloader(cfg, split, shuffle=False) for split in ("train", "val")]
+    train, val = ({clip["episode"].split("_")[0] for clip in loader.clips()} for loader in loaders)
+    assert train and val and not train & val and len(train | val) == 20
+    assert "have the poses of others, such as ep" in capsys.readouterr().err
+    by_hash = [in_split(f"ep{i}_left", "val", cfg.data) for i in range(20)]
+    assert len(val) == sum(by_hash)
+
+
+def test_names_that_no_episode_has_are_refused(tmp_path):
+    for i in range(3):
+        write(tmp_path, f"ep{i}", path(i), episode=f"ep{i}")
+    with pytest.raises(ValueError, match="no episode is named 'ep_1'; did you mean 'ep1'"):
+        droid.create_dataloader(data_recipe(tmp_path, "--data.val_episodes=[ep0, ep_1]"))
+
+
+@pytest.mark.parametrize("seconds, fps, says", [
+    (0.05, 5, "frames are 0.2 s apart .* set it to a multiple"), (1, 0.2, "--data.fps=5"),
+    (0.25, 5, ""), (0.4, 5, ""), (1, 0, "set --data.fps")])
+def test_a_time_step_that_the_rate_does_not_have_is_refused(seconds, fps, says):
+    data = replace(config.DataConfig(), step_seconds=seconds)
+    if says:
+        with pytest.raises(ValueError, match=says):
+            with_rate(data, fps, "x")
+    else:
+        assert with_rate(data, fps, "x").frame_step == round(seconds * fps)
+
+
+def test_moves_far_beyond_those_of_droid_are_told(tmp_path):
+    for i in range(4):
+        write(tmp_path, f"ep{i}", path(i, move=0.03), episode=f"ep{i}")
+    for fps, told in ((1, False), (15, True)):
+        cfg = data_recipe(tmp_path, f"--data.fps={fps}", "--data.frame_step=1")
+        lines = droid.create_dataloader(cfg).summary(10_000)
+        assert any("is the rate right?" in line for line in lines) is told
+        assert any("WARNING: more than 100" in line for line in lines)
+    assert plausible.known_moves(1) == pytest.approx([0.055, 0.095, 0.075])
