@@ -11,7 +11,7 @@ import torch
 
 from episodes import plausible
 from episodes.collate import collate
-from episodes.identity import of_episode
+from episodes.identity import about_episode, of_episode, record
 from episodes.idle import moving_stretches
 from episodes.poses import pose_deltas
 from episodes.prefetch import prefetch
@@ -118,7 +118,7 @@ class Clips:
         self.n_windows = -(-len(self.files) // FILES_PER_WINDOW)        # in an epoch
         self.tally = Tally(cfg.data, split)
         self.names = []             # of the last batch: "episode @ first recorded frame (location)"
-        self.seen = {}              # {identity: name} of the episodes of all batches so far; None
+        self.seen = {}              # {identity: record} of the episodes of all batches so far; None
                                     # where those of the adapter from which it began are not known
         # Whether the run is to stop: a function that is asked while batches are waited for.
         self.leave = bool
@@ -154,18 +154,22 @@ class Clips:
     def clips(self):
         """One pass over the clips of a loader without `shuffle`, one by one: as in a batch, without
         B, and with the name of the `episode`."""
+        last = None
         for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
+            if episode is not last:
+                last, about = episode, about_episode(episode)
             clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | {"episode": episode.name, "identity": of_episode(episode),
-                          "frame_step": (episode.data or self.data).frame_step}
+            yield clip | about | {"frame_step": (episode.data or self.data).frame_step}
 
     def _batches(self):
-        """Yields (list of clips, the state after them, their names, {identity: episode})."""
-        batch, names, episodes = [], [], {}
+        """Yields (list of clips, the state after them, their names, {identity: record})."""
+        batch, names, episodes, records = [], [], {}, {}
         for state, clip, episode, start in self._decoded_clips(self.state):
             batch.append(clip)
             names.append(f"{episode.name} @ {start} ({episode.location})")
-            episodes[of_episode(episode)] = episode.name
+            identity = of_episode(episode)
+            # once for each episode: that takes milliseconds
+            episodes[identity] = records[identity] = records.get(identity) or record(episode)
             if len(batch) == self.batch_size:
                 yield batch, state, names, episodes
                 batch, names, episodes = [], [], {}

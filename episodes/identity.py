@@ -55,6 +55,8 @@ def _sha256(path, *_):
 # Which recordings an adapter was trained on: trained_on.json beside it
 
 TRAINED_ON = "trained_on.json"
+N_MOMENTS = 48
+SHARED = 2              # moments of a training episode that are no coincidence
 
 
 def of_poses(poses):
@@ -69,18 +71,41 @@ def of_episode(episode):
     return episode.identity or of_poses(episode.poses)
 
 
+def moments(poses):
+    """Hashes of all moments of poses [n, 7]: 4 positions in a row, to 1 mm, in which the arm moves.
+    Recordings that share some are parts of one, whatever their rotations and grippers are."""
+    positions = np.round(np.asarray(poses, np.float64)[:, :3] * 1e3).astype(np.int64)
+    windows = [positions[i:i + 4] for i in range(len(positions) - 3)]
+    return {hashlib.sha256(window.tobytes()).hexdigest()[:10] for window in windows
+            if np.ptp(window, axis=0).max() >= 5}
+
+
+def about_episode(episode):
+    """What a clip to measure on says of its Episode."""
+    return {"episode": episode.name, "identity": of_episode(episode),
+            "moments": moments(episode.poses)}
+
+
+def record(episode):
+    """What trained_on.json keeps of an Episode: its name, and the smallest of its moments. Of a
+    long part some of those are among its own."""
+    return {"name": episode.name, "moments": sorted(moments(episode.poses))[:N_MOMENTS]}
+
+
 def trained_on_file(episodes):
-    """The bytes of trained_on.json. episodes: {`of_poses`: name}."""
+    """The bytes of trained_on.json. episodes: {`of_poses`: `record`}."""
     return json.dumps({"episodes": dict(sorted(episodes.items()))}, indent=0).encode()
 
 
 def trained_on(folder):
-    """{`of_poses`: name} of the episodes that an adapter in a folder was trained on, None if that
-    is not known: an adapter of an earlier version, or from elsewhere. Raises ValueError."""
+    """{`of_poses`: `record`} of the episodes that an adapter in a folder was trained on, None if
+    that is not known: an adapter of an earlier version, or from elsewhere. Raises ValueError."""
     path = os.path.join(folder, TRAINED_ON)
     try:
         content = read_json(path, limit=1 << 30)
     except FileNotFoundError:
         return None
-    check_fields(content, {"episodes": {str: str}}, path)
+    check_fields(content, {"episodes": {str: dict}}, path)
+    for one in content["episodes"].values():
+        check_fields(one, {"name": str, "moments": [str]}, path)
     return content["episodes"]

@@ -5,7 +5,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from episodes.identity import trained_on
+from episodes.identity import SHARED, trained_on
 from episodes.poses import pose_deltas
 
 
@@ -87,7 +87,9 @@ def seen_in_training(clips, adapters, allowed):
         episodes = trained_on(adapter) if adapter != "baseline" else {}
         if episodes is None:
             tqdm.write(f"{adapter}: does not say on which episodes it was trained")
-        row[:] = [clip["identity"] in (episodes or ()) for clip in clips]
+        seen_moments = {one for episode in (episodes or {}).values() for one in episode["moments"]}
+        row[:] = [clip["identity"] in (episodes or ())
+                  or len(clip["moments"] & seen_moments) >= SHARED for clip in clips]
         if row.any() and not allowed:
             names = sorted({clip["episode"] for clip, one in zip(clips, row) if one})
             raise ValueError(

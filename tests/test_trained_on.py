@@ -32,7 +32,8 @@ def run(base, tmp_path_factory):
 
 
 def seen(step):
-    return json.loads((step / "trained_on.json").read_text())["episodes"]
+    episodes = json.loads((step / "trained_on.json").read_text())["episodes"]
+    return {identity: one["name"] for identity, one in episodes.items()}
 
 
 def names_of(base):
@@ -104,6 +105,23 @@ def test_recordings_are_told_by_their_poses_in_any_format(base, run, tmp_path):
     cfg = recipe(base, tmp_path, *FEW, "--data.val_fraction=1", f"--data.path={tmp_path}/data")
     with pytest.raises(ValueError, match="was trained on"):
         energy.analyse(cfg, [run / "step_6"], tmp_path / "landscapes.npz")
+
+
+def test_parts_of_them_are_recognised_and_other_recordings_are_not(base, run, tmp_path):
+    """The validation episode, and 8 of the 12 steps of a training episode, its gripper inverted."""
+    cfg = config.load([str(run / "config.yaml")])
+    validation = energy.read_clips(cfg)[0]["episode"]
+    (tmp_path / "data").mkdir()
+    shutil.copy(base / "data" / validation, tmp_path / "data/other.npz")
+    args = [*FEW, "--data.val_fraction=1", f"--data.path={tmp_path}/data"]
+    energy.analyse(recipe(base, tmp_path, *args), [run / "step_6"], tmp_path / "a.npz")
+    with np.load(base / "data" / next(iter(seen(run / "step_6").values()))) as arrays:
+        states = arrays["states"][2:10]
+        states[:, 6] = 1 - states[:, 6]
+        np.savez(tmp_path / "data/part.npz", observations=arrays["observations"][2:10],
+                 states=states)
+    with pytest.raises(ValueError, match="was trained on 1 of 2 episodes .* such as part.npz"):
+        energy.analyse(recipe(base, tmp_path, *args), [run / "step_6"], tmp_path / "a.npz")
 
 
 def test_a_package_does_not_hide_it(base, run, tmp_path, monkeypatch):
