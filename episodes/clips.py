@@ -269,7 +269,7 @@ class Clips:
 
     def no_clips_error(self):
         """The error to raise after a pass over the data without a single clip."""
-        return self.tally.no_clips_error(clip_span(self.data), self.rank)
+        return self.tally.no_clips_error(clip_span(self.data), self.rank, self.source)
 
 
 def _shuffled(clips, buffer_size, rng):

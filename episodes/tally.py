@@ -91,10 +91,13 @@ class Tally:
         parts = ", ".join(f"{n:,} {status}" for status, n in counts.most_common())
         return f"{counts.total():,} episodes of this split" + (parts and f": {parts}")
 
-    def no_clips_error(self, span, rank):
+    def no_clips_error(self, span, rank, source=None):
         """The error to raise after a pass over the data without a single clip of `span` recorded
         frames, with the cure that belongs to the most common reason."""
         counts, n_others = self.counts(), list(self.status.values()).count(OTHER)
+        survey = getattr(source, "survey", None)
+        if survey and survey.exact and not survey.names and survey.status:
+            counts = survey.status              # none of either split can be used
         reason = max(counts, key=counts.get, default="")
         where = f"on rank {rank} " if rank else ""
         raise_it = "raise" if self.split == "val" else "lower"
@@ -111,6 +114,8 @@ class Tally:
         cure = cures[reason]
         if not reason and not n_others:
             cure = "there is no episode at all"
+        elif not reason and n_others == 1 and self.split == "val":
+            cure = "there is one recording, and validation needs another one: record more"
         elif not reason and len(self.names) == 1 and n_others > 1:
             cure = (f"all {n_others:,} episodes are named {next(iter(self.names))!r}, and the name "
                     "decides the split: set --data.keys.episode= to another key, or to nothing")

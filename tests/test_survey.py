@@ -65,3 +65,16 @@ def test_moves_far_beyond_those_of_droid_are_told(tmp_path):
         assert any("is the rate right?" in line for line in lines) is told
         assert any("WARNING: more than 100" in line for line in lines)
     assert plausible.known_moves(1) == pytest.approx([0.055, 0.095, 0.075])
+
+
+@pytest.mark.parametrize("n, length, says", [
+    (1, 30, "there is one recording, and validation needs another one"),
+    (6, 5, "a clip spans 7 recorded frames and the longest episode has 5")])
+def test_without_validation_the_reason_is_that_of_all_episodes(tmp_path, n, length, says):
+    for i in range(n):
+        write(tmp_path, f"ep{i}", path(i, length), episode=f"ep{i}")
+    cfg = data_recipe(tmp_path, "--data.val_fraction=0.01")
+    with pytest.raises(ValueError, match=says):
+        loader = droid.create_dataloader(cfg, "val", shuffle=False)
+        list(loader)
+        raise loader.no_clips_error()
