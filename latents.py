@@ -197,7 +197,7 @@ def _unfinished(folder, numbered, frame_bytes, source):
     for i, file in numbered:
         for ending in ("bin", "npz"):
             (folder / f"{i:05d}.{ending}.tmp").unlink(missing_ok=True)
-        fault = _fault(folder, i, frame_bytes, source)
+        fault = _fault(folder, i, file, frame_bytes, source)
         if fault:
             todo.append((i, file))
         if fault and fault != "missing":
@@ -205,13 +205,14 @@ def _unfinished(folder, numbered, frame_bytes, source):
     return todo
 
 
-def _fault(folder, i, frame_bytes, source):
-    """Why the latents of file i have to be made (again), or ""."""
+def _fault(folder, i, file, frame_bytes, source):
+    """Why the latents of data file i have to be made (again), or ""."""
     index = stored.read_index(folder, i, source.data.frame_step)
     if index is None:
         return "missing"
-    if any(has_changed(known, source.stat)
-           for known in stored.read_identities(folder / f"{i:05d}.npz")):
+    # Where the files are now: the data may have been moved.
+    identities = zip(stored.read_identities(folder / f"{i:05d}.npz"), source.parts(file))
+    if any(has_changed(known | {"path": path}, source.stat) for known, path in identities):
         return "its data have changed"
     path = folder / f"{i:05d}.bin"
     if not path.is_file() or path.stat().st_size != sum(index["rows"].tolist()) * frame_bytes:

@@ -239,7 +239,9 @@ class StoredLatents:
         changed = []
         for number in store["numbers"]:
             for known in read_identities(self.folder / f"{number:05d}.npz"):
-                if has_changed(known):
+                moved = os.path.join(store.get("path", ""), os.path.basename(known["path"]))
+                if has_changed(known) or not os.path.exists(known["path"]) and (
+                        has_changed(known | {"path": moved})):
                     changed.append(known["path"])
         if changed:
             raise ValueError(f"{self.folder}: {len(changed)} files that it was made from have "

@@ -172,6 +172,22 @@ def test_a_copy_or_new_times_are_no_change(cfg, encoded, tmp_path):
     assert not encoded and len(train_names(moved)) == 6
 
 
+def test_changes_are_seen_where_the_data_were_moved_to(cfg, encoded, tmp_path):
+    latents.encode(cfg)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    store = tmp_path / "store/store.json"
+    store.write_text(store.read_text().replace(f"{tmp_path}/data", f"{tmp_path}/moved"))
+    cfg = replace(cfg, data=replace(cfg.data, path=f"{tmp_path}/moved"))
+    encoded.clear()
+    latents.encode(cfg)
+    assert not encoded and train_names(cfg)
+    rewrite(tmp_path / "moved/episode_3.npz", 3)
+    with pytest.raises(ValueError, match="1 files that it was made from have changed"):
+        droid.open_source(cfg)
+    latents.encode(cfg)
+    assert encoded == [12]
+
+
 def test_more_files_than_are_stored_are_told_once(cfg, capsys):
     latents.encode(cfg)
     data = Path(cfg.data.path)
