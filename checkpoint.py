@@ -261,7 +261,7 @@ def position(loader):
     """Where this rank is in its random streams and in the data: taken before a step, it is what
     repeating that step needs."""
     place = {"rng": torch.get_rng_state(), "data": loader.state_dict(), "cuda_rng": None,
-             "seen": loader.seen}
+             "seen": None if loader.seen is None else dict(loader.seen)}
     if torch.cuda.is_initialized():
         place["cuda_rng"] = torch.cuda.get_rng_state()
     return place

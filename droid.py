@@ -39,12 +39,13 @@ import files.imports  # noqa: F401 (TensorFlow and Triton in one process)
 from episodes.clips import Clips, clip_span
 from episodes.conversion import to_poses
 from episodes.crops import crop_frames, images_at_a_time
+from episodes.lerobot import LeRobotFiles
 from episodes.npz import NpzFiles
 from episodes.poses import apply_action, pose_deltas  # noqa: F401 (droid.pose_deltas is public)
 from episodes.prefetch import in_thread
 from episodes.retry import Connection, is_remote
 from episodes.several import Mix, Several, labels
-from episodes.shards import count_episodes, list_files, train_shards
+from episodes.shards import count_episodes, is_lerobot, list_files, train_shards
 from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
 from episodes.survey import check_val_episodes, on_one_side, survey_of
@@ -107,8 +108,7 @@ def _open_files(cfg):
     if is_remote(path):
         tf = tensorflow(anonymous)
         connection = Connection(tf, path, data.retry_minutes)
-    if not tf and Path(path, "meta/info.json").exists():
-        from episodes.lerobot import LeRobotFiles
+    if not tf and is_lerobot(path):
         return LeRobotFiles(path, data, size)
     is_folder, names = list_files(path, tf, connection)
     npz = [name for name in names if name.endswith(".npz")]

@@ -142,8 +142,8 @@ class Clips:
         batches = prefetch(self._batches(), BATCHES_AHEAD, self._while_waiting)
         for batch, state, self.names, episodes in batches:
             self.state = state
-            if self.seen is not None and not episodes.keys() <= self.seen.keys():
-                self.seen = self.seen | episodes
+            if self.seen is not None:
+                self.seen |= episodes
             yield collate(batch, self.pin_memory)
 
     def _while_waiting(self, seconds):

@@ -22,9 +22,8 @@ from episodes.crops import crop_window, image_size
 from episodes.idle import moving_stretches
 from episodes.lerobot_info import image_shape
 from episodes.poses import pose_deltas
-from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
-from episodes.survey import FEW_BYTES, FEW_FILES, SAMPLE, Survey, _expected, _with_validation
+from episodes.survey import SAMPLE, Survey, expected_episodes, is_quick, with_validation
 from episodes.tally import OTHER, Tally
 from episodes.tfrecords import read_records
 
@@ -87,7 +86,9 @@ def look(source, cfg, reopen=None):
         walk = again if len(again.bad) < len(walk.bad) else walk
     data, fps = _settings(source, cfg), source.data.fps or ASSUMED_FPS
     record, cameras = _cameras(source)
-    total = walk.n if exact else max(walk.n, _expected(source) or _by_size(source, files, record))
+    total = walk.n
+    if not exact:
+        total = max(total, expected_episodes(source) or _by_size(source, files, record))
     survey = _survey(source, data, walk, exact, total)
     poses = _good_poses(walk)
     errors, notes = _judge(survey, walk, cfg)
@@ -145,11 +146,7 @@ def _settings(source, cfg):
 def _chosen(source):
     """(files, how many episodes of each or None for all, whether those are all)"""
     files, n = source.files, len(source.files)
-    if source.one_episode_a_file:
-        exact = n <= FEW_FILES
-    else:
-        exact = not is_remote(files[0]) and sum(map(source.size_of, files)) <= FEW_BYTES
-    if exact:
+    if is_quick(source):
         return files, None, True
     # One at random from each part: in equal steps, what repeats in the files would be missed.
     edges = np.linspace(0, n, min(n, MANY) + 1).round().astype(int)
@@ -252,7 +249,7 @@ def _survey(source, data, walk, exact, total):
             survey.names[one.name] = survey.names.get(one.name, 0) + one.clips
     if walk.n_lost:
         survey.status["damaged"] += walk.n_lost
-    survey.data = _with_validation(survey)
+    survey.data = with_validation(survey)
     return survey
 
 

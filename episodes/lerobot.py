@@ -48,11 +48,6 @@ class Frames(NamedTuple):
     n: int
 
 
-def is_lerobot(path):
-    """Whether a path is the folder of a LeRobot data set."""
-    return os.path.isfile(os.path.join(path, "meta", "info.json"))
-
-
 class LeRobotFiles:
     """An EpisodeSource of a LeRobot folder. Each of its `files` stands for one episode."""
     key = "frames"

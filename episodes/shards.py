@@ -16,6 +16,11 @@ from files import say_once
 SHARD = re.compile(r"(.*)-(\w+)\.tfrecord-(\d+)-of-(\d+)", re.DOTALL)
 
 
+def is_lerobot(path):
+    """Whether a path is the folder of a LeRobot data set."""
+    return os.path.isfile(os.path.join(path, "meta", "info.json"))
+
+
 def list_files(path, tf=None, connection=None):
     """Whether `path` is a folder, and the files in it, or else those of the pattern `path`, sorted.
 

@@ -2,7 +2,7 @@
 
     survey = survey_of(source)          # looked at once, however many loaders read the source
     survey.data                         # its settings, with a validation episode at least
-    print(*survey.lines(cfg), sep="\\n")
+    print(*survey.lines(), sep="\\n")
 """
 import difflib
 import os
@@ -140,10 +140,10 @@ def _stamp(path):
 
 def _look(source):
     data = source.data
-    files, exact = _chosen(source)
+    exact = is_quick(source)
     survey = Survey(data, source.label, exact)
     images, sound, odd = [], [], []
-    for file in files:
+    for file in source.files:
         for episode in source.episodes(file):
             if isinstance(episode, DamagedEpisode):
                 survey.status["damaged"] += episode.lost
@@ -171,27 +171,25 @@ def _look(source):
                 break
         if not exact and sum(survey.status.values()) >= SAMPLE:
             break
-    survey.total = max(sum(survey.status.values()), _expected(source))
+    survey.total = max(sum(survey.status.values()), expected_episodes(source))
     looked_at = sound if len(sound) >= len(odd) else odd
     survey.poses = [episode.poses for episode in looked_at]
     if data.check:
         _check(source, survey, [episode.name for episode in looked_at], images)
-    survey.data = _with_validation(survey)
+    survey.data = with_validation(survey)
     return survey
 
 
-def _chosen(source):
-    """The files to look at, and whether those are all."""
-    one_each = source.one_episode_a_file
-    if one_each and len(source.files) <= FEW_FILES:
-        return source.files, True
-    if one_each or is_remote(source.files[0]):
-        return source.files, False
-    small = sum(source.size_of(file) for file in source.files) <= FEW_BYTES
-    return source.files, small
+def is_quick(source):
+    """Whether all episodes can be looked at in seconds, without a connection."""
+    if source.one_episode_a_file:
+        return len(source.files) <= FEW_FILES
+    return not is_remote(source.files[0]) and (
+        sum(map(source.size_of, source.files)) <= FEW_BYTES)
 
 
-def _expected(source):
+def expected_episodes(source):
+    """Episodes of all files, 0 if nothing says how many."""
     if source.one_episode_a_file:
         return len(source.files)
     return sum((getattr(source, "expected", None) or {}).values())
@@ -218,7 +216,7 @@ def _check(source, survey, names, images):
                          "data as they are")
 
 
-def _with_validation(survey):
+def with_validation(survey):
     """The settings of a data set. If none of its episodes is one for validation by its hash, which
     is likely for few, the one with the smallest hash is."""
     data, names = survey.data, list(survey.names)

@@ -5,6 +5,8 @@ from collections import Counter
 
 from tqdm import tqdm
 
+import config
+
 
 ENOUGH = 20         # episodes of which the share of bad ones tells something
 OTHER = "of the other split"
@@ -22,7 +24,8 @@ class Tally:
 
     def __init__(self, data, split=""):
         self.data, self.split = data, split
-        self.path = data.latents or data.path
+        paths = [str(one.latents or one.path) for one in config.data_sets(data)]
+        self.path = ", ".join(dict.fromkeys(paths))
         self.status = {}            # location of an episode that is not bad: what became of it
         self.bad = {}               # location: episodes lost there
         self.n_bad = self.n_bad_here = 0            # of both splits, and of this one

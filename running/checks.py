@@ -12,7 +12,7 @@ from pathlib import Path
 
 import config
 from episodes.retry import is_remote
-from episodes.shards import list_files, train_shards
+from episodes.shards import is_lerobot, list_files, train_shards
 from running.arguments import steps_of
 
 
@@ -102,7 +102,7 @@ def _check_data(path):
     if not path:
         raise ValueError("data.path is empty; give --data.path=FOLDER or a pattern")
     if not is_remote(path):
-        if os.path.isfile(os.path.join(path, "meta", "info.json")):
+        if is_lerobot(path):
             for package in ("pyarrow", "av"):
                 if not _is_installed(package):
                     raise ValueError(f"{path}: reading LeRobot data sets needs {package}: "

@@ -46,7 +46,12 @@ def fault_of(kept):
     with a later version, unless a resume needs it."""
     for name, default in flat(config.Config()).items():
         value = kept.get(name, default)
-        if type(value) is not type(default) and name != "model.size":
+        fits = type(value) is type(default) or name == "model.size"
+        if name in config.LISTS and type(value) is tuple:
+            fits = value and all(
+                type(one) is str or type(one) is dict and one.keys() <= {*config.OF_A_DATA_SET}
+                for one in value)
+        if not fits:
             return f"{name} is {value!r}"
     missing = {"batch_size", "grad_accum", "precision"} - kept.keys()
     return f"no {missing.pop()}" if missing else ""

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 import droid
 import small
 import tabletop
-from episodes import contact_sheet, inspection
+from episodes import contact_sheet, inspection, survey
 from parity import SHARED
 
 
@@ -289,7 +289,7 @@ def test_records_without_joint_velocities(inspect, tmp_path, monkeypatch):
 
 def test_a_sample_of_many_files_is_spread_and_says_so(inspect, tmp_path, monkeypatch):
     tracks = write_npz(tmp_path / "robot", [24] * 21)
-    monkeypatch.setattr(inspection, "FEW_FILES", 20)
+    monkeypatch.setattr(survey, "FEW_FILES", 20)
     monkeypatch.setattr(inspection, "MANY", 5)
     source = droid._open(small.data_recipe(tmp_path / "robot"))
     chosen = [Path(file).name for file in inspection._chosen(source)[0]]
@@ -308,7 +308,7 @@ def test_a_sample_of_many_files_is_spread_and_says_so(inspect, tmp_path, monkeyp
 
 def test_a_sample_of_large_records(inspect, tmp_path, monkeypatch):
     small.write_records(tmp_path / "records")
-    monkeypatch.setattr(inspection, "FEW_BYTES", 1000)
+    monkeypatch.setattr(survey, "FEW_BYTES", 1000)
     monkeypatch.setattr(inspection, "MANY", 2)
     said = inspect(tmp_path / "records", *SMALL, "--data.check=false")
     good = [np.float32(small.episode(name)["states"]).astype(float) for name in "ab"]

@@ -23,7 +23,8 @@ pytest.importorskip("pyarrow")
 av = pytest.importorskip("av")
 
 from episodes.crops import crop_frames  # noqa: E402
-from episodes.lerobot import LeRobotFiles, is_lerobot  # noqa: E402
+from episodes.lerobot import LeRobotFiles  # noqa: E402
+from episodes.shards import is_lerobot  # noqa: E402
 from episodes.source import DamagedEpisode  # noqa: E402
 from episodes.video import Video  # noqa: E402
 
