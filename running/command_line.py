@@ -177,8 +177,9 @@ def _latents(given):
     cfg = load(given)
     values = config.flat(cfg)
     check_sources(values | {"data.latents": ""})
-    if cfg.data.latents:
-        check_target(cfg.data.latents, folder=True)
+    for data in config.data_sets(cfg.data):
+        if data.latents:
+            check_target(data.latents, folder=True)
     return cfg
 
 

@@ -4,8 +4,9 @@ import shutil
 import pytest
 
 import config
+import latents
 import train
-from running import settings
+from running import command_line, settings
 from small import recipe, write, write_episodes
 
 
@@ -32,6 +33,27 @@ def test_they_resume_with_the_bytes_of_an_undisturbed_run(tmp_path, weights):
             train.train(recipe(base, tmp_path / "again", *weights[:isinstance(changed, list)],
                                "--save_every=2", f"--data.path={path}", "--max_steps=8",
                                "--resume"))
+
+
+def test_the_command_line_takes_a_folder_of_latents_for_each(tmp_path):
+    base = write(tmp_path)
+    (tmp_path / "other").mkdir()
+    write_episodes(tmp_path / "other", n=3, length=12, patches=4, move=0.06)
+    args = ["config.yaml", f"--data.path=[{base}/data, {tmp_path}/other]",
+            f"--data.latents=[{tmp_path}/a, {tmp_path}/b]", f"--model.checkpoint={base}/base.pt",
+            "--model.size=tiny", "--device=cpu", "--precision=fp32", "--data.crop=none"]
+    assert latents.encode(command_line.parse("latents.py", "", args)) == [
+        tmp_path / "a", tmp_path / "b"]
+    more = ["--optimizer=adamw", f"--out_dir={tmp_path}/run"]
+    assert command_line.parse("train.py", "", args + more).data.latents == (
+        f"{tmp_path}/a", f"{tmp_path}/b")
+    (tmp_path / "a/store.json").unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}/a: no stored latents"):
+        command_line.parse("train.py", "", args + more)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: is a file"):
+        folders = f"--data.latents=[{tmp_path}/file, {tmp_path}/b]"
+        command_line.parse("latents.py", "", [*args, folders])
 
 
 @pytest.mark.parametrize("path", [(), (1,), ({"val_fraction": 1},), ["a", "b"], {"path": "a"}])
