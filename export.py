@@ -253,11 +253,12 @@ def _pack_trajectory(clip):
 
 def _config_in_package(cfg):
     """The run's config for where the package is unpacked. Its trajectories are clips already:
-    cropped, one recorded frame per step, and all of them for validation."""
+    cropped, one recorded frame per step, all of them for validation, and checked: of frames a
+    second apart, moves would be taken for jumps."""
     data = replace(cfg.data, path="trajectories", crop="none", frame_step=1, clip_stride=1,
                    val_fraction=1.0, val_episodes=(), drop_idle=False, weights=(), camera="",
                    step_seconds=0.0, fps=0.0, rotation="euler_xyz", position_scale=1.0,
-                   pose_slice="", gripper=config.GripperConfig())
+                   pose_slice="", gripper=config.GripperConfig(), check=False)
     return replace(cfg, out_dir="results", resume=False, init="", debug=False, gcs_dir="",
                    device="", memory=0.0, data=data)
 

@@ -10,7 +10,7 @@ from textwrap import wrap
 import config
 from episodes import contact_sheet, inspection
 from episodes.several import labels, shares
-from episodes.stored import read_store
+from episodes.stored import with_frames
 from files import say_once, write_file
 
 
@@ -69,9 +69,10 @@ def _recorded(data):
     """A data set of a run that trained from latents: what these were made from."""
     if not data.latents:
         return data
-    path = read_store(data.latents).get("path", data.path)
-    say_once(f"{data.latents}: holds latents; {path} is inspected, which they were made from")
-    return replace(data, path=path, latents="")
+    recorded = with_frames(data)
+    say_once(f"{data.latents}: holds latents; {recorded.path} is inspected, which they were made "
+             "from")
+    return recorded
 
 
 def _look(cfg, label, open_files):

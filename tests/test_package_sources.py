@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import config
+import energy
 import export
 import latents
 import train
@@ -59,3 +60,18 @@ def test_of_several_data_sets_each_gives_its_part(base, tmp_path):
     moved = [np.linalg.norm(np.diff(clip["states"][:, :3], axis=0), axis=1).mean()
              for clip in clips]
     assert len(clips) == 2 and moved[0] != moved[1]
+
+
+def test_moves_of_a_second_are_no_jumps_where_a_package_is_unpacked(base, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_episodes(tmp_path / "data", n=6, length=40, patches=4, move=0.04)
+    train.train(recipe(base, tmp_path / "run", "--max_steps=1", f"--data.path={tmp_path}/data",
+                       "--data.frame_step=10"))
+    _, clips = package(tmp_path / "run", tmp_path / "a.zip")
+    moves = [np.linalg.norm(np.diff(clip["states"][:, :3], axis=0), axis=1) for clip in clips]
+    assert np.max(moves) > 0.2                  # the most between two frames at 15 Hz
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        archive.extractall(tmp_path / "colab")
+    monkeypatch.chdir(tmp_path / "colab")
+    cfg = config.load(["config.yaml", "--model.size=tiny"])
+    assert len(energy.read_clips(cfg)) == len(clips)
