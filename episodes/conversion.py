@@ -13,16 +13,17 @@ NAMES = {"euler_xyz": "Euler angles", "degrees": "Euler angles", "rotvec": "rota
          "rot6d": "two columns", "rot6d_rows": "two rows"}
 
 
-def to_poses(pose, gripper, data):
+def to_poses(pose, gripper, data, named=True):
     """What was recorded -> poses [n, 7] float64 as in episodes/poses.py.
 
     pose: [n, A] real numbers; gripper: [n], [n, 1] or None if it is the last number of pose; data:
-    a DataConfig with pose_slice, rotation, position_scale and gripper. Numbers that need no
-    conversion keep their bits. Raises ValueError with the setting that is to be changed."""
+    a DataConfig with pose_slice, rotation, position_scale and gripper; named: whether data.keys
+    names the columns, as in all formats but .npz. Numbers that need no conversion keep their bits.
+    Raises ValueError with the setting that is to be changed."""
     pose = np.asarray(pose, np.float64)[:, columns(data.pose_slice, pose.shape[1])]
     width = 3 + WIDTHS[data.rotation]
     if pose.shape[1] != width + (gripper is None):
-        raise ValueError(_width_fault(pose, gripper, data, width))
+        raise ValueError(_width_fault(pose, gripper, data, width, named))
     if gripper is None:
         pose, gripper = pose[:, :width], pose[:, width:]
     gripper = np.asarray(gripper, np.float64)
@@ -32,6 +33,8 @@ def to_poses(pose, gripper, data):
     gripper = gripper.reshape(len(pose), 1)
     if data.gripper.scale != 1:
         gripper = gripper * data.gripper.scale
+    if data.gripper.offset:
+        gripper = gripper + data.gripper.offset
     if data.gripper.invert:
         gripper = 1 - gripper
     position, rotation = pose[:, :3], pose[:, 3:]
@@ -110,7 +113,7 @@ def columns(text, n):
     return [i % n for i in indices]
 
 
-def _width_fault(pose, gripper, data, width):
+def _width_fault(pose, gripper, data, width, named):
     """Why a pose of this many numbers cannot be read, and what it may be."""
     n, kind = pose.shape[1], NAMES.get(data.rotation, "quaternion")
     expected = f"{width + (gripper is None)}: x y z, {kind}{', gripper' * (gripper is None)}"
@@ -123,7 +126,9 @@ def _width_fault(pose, gripper, data, width):
         return (f"{text}; six of them are two vectors of norm 1: a 6-D rotation? "
                 "--data.rotation=rot6d or rot6d_rows")
     if gripper is None and n == width:
-        return f"{text}; the gripper is missing: name it with --data.keys.gripper"
+        cure = ("name it with --data.keys.gripper" if named else
+                "store it as the last number, 0 (open) to 1 (closed)")
+        return f"{text}; the gripper is missing: {cure}"
     if gripper is not None and n == width + 1:
         return f"{text}; is its last number the gripper? --data.keys.gripper= (empty)"
     return f"{text}; choose columns with --data.pose_slice, and see --data.rotation"

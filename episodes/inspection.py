@@ -11,33 +11,51 @@ from itertools import islice
 from time import perf_counter
 
 import numpy as np
-import torch
-from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from episodes import plausible
-from episodes.clips import clip_span, in_split, usable_starts
-from episodes.contact_sheet import SheetClip
-from episodes.crops import crop_window, image_size
 from episodes.idle import moving_stretches
-from episodes.lerobot_info import image_shape
-from episodes.poses import pose_deltas
+from episodes.inspection_images import (
+    ASSUMED_FPS,
+    LOOKED_AT,
+    fault_of_images,
+    share_of_image,
+    size_of_images,
+    try_clips,
+)
+from episodes.inspection_numbers import (
+    MANY_NAMES,
+    cameras_of,
+    crossings,
+    duplicates,
+    format_of,
+    fps_from,
+    jumps,
+    least_median_most,
+    moves,
+    source_camera,
+    success_of,
+)
 from episodes.source import DamagedEpisode
-from episodes.survey import SAMPLE, Survey, expected_episodes, is_quick, with_validation
+from episodes.survey import (
+    SAMPLE,
+    Survey,
+    bad_share_note,
+    expected_episodes,
+    is_named,
+    is_quick,
+    shared_fault,
+    with_validation,
+)
 from episodes.tally import OTHER, Tally
-from episodes.tfrecords import read_records
+from episodes.windows import clip_span, in_split, usable_starts
 
 
 MANY = 64               # episodes of a sample
 PATIENCE = 20           # s after which fewer are enough
 KEPT = 8                # episodes of which clips are decoded, spread over those looked at
-TIMED = 8, 10           # clips of each of them at most, and s for all
-ROWS = 4                # clips in the contact sheet
-MANY_NAMES = 50
-# An arm that is slower rests: speeds of position (m/s), rotation (rad/s) and gripper (1/s).
-STILL = 0.005, np.deg2rad(1), 0.05
+SECONDS = 20            # for looking at images of all episodes
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-ASSUMED_FPS = 15.0
 
 
 @dataclass
@@ -55,7 +73,10 @@ class Seen:
 class Walk:
     """What was found on one walk over the episodes."""
     seen: list = field(default_factory=list)
-    bad: list = field(default_factory=list)         # DamagedEpisode; some of them are in seen too
+    bad: list = field(default_factory=list)         # DamagedEpisode that could not be read …
+    odd: list = field(default_factory=list)         # … or are not plausible: these are in seen too
+    looked_at: int = 0          # episodes of which images were looked at
+    faults: dict = field(default_factory=dict)      # {location: (name, fault)} of those
     kept: list = field(default_factory=list)        # (file, Episode, starts [K]) of some "used"
     spare: list = field(default_factory=list)       # the same of the first others
     sizes: Counter = field(default_factory=Counter)             # (height, width) of images
@@ -68,52 +89,54 @@ class Walk:
     def n(self):
         return len(self.seen) + self.n_lost
 
+    @property
+    def left_out(self):
+        return self.bad + self.odd
 
-def look(source, cfg, reopen=None):
+
+def look(source, cfg, reopen=None, known=None):
     """An EpisodeSource of one data set -> (report, [SheetClip]). The report, as in inspect.json,
     holds texts, numbers in m, rad, s and steps unless a name says another unit, lists and dicts.
 
     cfg: its `data` is that of this data set. reopen: opens the source without joint velocities, if
-    they are read only to tell idle steps. Raises OSError."""
+    they are read only to tell idle steps. known: the same dict for all data sets, in which episodes
+    are found that several of them have. Raises OSError."""
     files, per_file, exact = _chosen(source)
     walk = walk_over(source, cfg, files, per_file)
     idle = 1 - walk.moving / walk.with_velocity if walk.with_velocity else None
-    if walk.bad and reopen:
+    if walk.left_out and reopen:
         # An episode of which the velocities alone are damaged is good for training.
         plain = reopen()
         plain.label = source.label
         again = walk_over(plain, cfg, files, per_file)
-        walk = again if len(again.bad) < len(walk.bad) else walk
+        walk = again if len(again.left_out) < len(walk.left_out) else walk
     data, fps = _settings(source, cfg), source.data.fps or ASSUMED_FPS
-    record, cameras = _cameras(source)
+    record, cameras = cameras_of(source)
     total = walk.n
     if not exact:
         total = max(total, expected_episodes(source) or _by_size(source, files, record))
     survey = _survey(source, data, walk, exact, total)
     poses = _good_poses(walk)
-    errors, notes = _judge(survey, walk, cfg)
-    clips, faults, speed = _try_clips(source, survey.data, walk)
-    if faults and all(faults.values()):
-        name, fault = next(iter(faults.items()))
-        errors.append(f"the images of all {len(faults)} episodes that were tried are wrong, such "
-                      f"as those of {name}: {fault}")
-    else:
-        notes += [f"{name}: {fault}" for name, fault in faults.items() if fault]
+    clips, faults, speed = try_clips(source, survey.data, walk)
+    walk.faults = faults | walk.faults
+    errors, notes, explained = _judge(source, survey, walk, cfg, idle is not None)
+    explained = {id(one) for one in explained}
     counts = {split: _scaled(survey, split) for split in ("train", "val")}
     if speed["clips"]:
         speed["hours_an_epoch"] = (speed["seconds_an_episode"] * total + speed["seconds_a_clip"]
                                    * counts["train"]["clips"]) / 3600
     report = {
-        "label": source.label, "path": str(cfg.data.path), "format": _format(source),
+        "label": source.label, "path": str(cfg.data.path), "format": format_of(source),
         "files": len(source.files), "complete": exact, "looked_at": walk.n, "episodes": total,
         "steps_looked_at": sum(len(one.poses) for one in walk.seen),
-        "steps_an_episode": _least_median_most([len(one.poses) for one in walk.seen]),
-        "fps": fps, "fps_from": _fps_from(source, cfg.data),
+        "steps_an_episode": least_median_most([len(one.poses) for one in walk.seen]),
+        "fps": fps, "fps_from": fps_from(source, cfg.data),
         "cameras": cameras, "camera": source_camera(source), "crop": data.crop,
         "image_sizes": [[h, w, n] for (h, w), n in walk.sizes.most_common()],
-        "share_of_image": _share_of_image(walk.sizes, data.crop, source.size),
-        "success": _success(source, walk), "became": dict(survey.status.most_common()),
-        "idle": {"by_poses": idle_by_poses(poses, fps), "by_joint_velocity": idle},
+        "share_of_image": share_of_image(walk.sizes, data.crop, source.size),
+        "recordings": len({one.name for one in walk.seen}),
+        "success": success_of(source, walk), "became": dict(survey.status.most_common()),
+        "idle": {"by_poses": plausible.idle_share(poses, fps), "by_joint_velocity": idle},
         "unused": {status: [one.name for one in walk.seen if one.status == status][:MANY_NAMES]
                    for status in survey.status if status not in ("used", "damaged")},
         "clips": counts, "val_episodes": sorted(
@@ -127,9 +150,13 @@ def look(source, cfg, reopen=None):
                    for i, name in enumerate(NAMES)} if poses else {},
         "gripper_starts_at": float(np.median([p[0, 6] for p in poses])) if poses else None,
         "crossings": crossings(poses), "jumps": jumps(walk.seen, fps),
-        "duplicates": _duplicates(walk.seen),
+        "duplicates": duplicates(walk.seen, source.label, {} if known is None else known),
+        "images": {"looked_at": walk.looked_at, "frames": len(LOOKED_AT), "wrong": [
+            {"name": name, "location": location, "reason": fault}
+            for location, (name, fault) in walk.faults.items()]},
         "bad": [{"name": one.name or one.location, "location": one.location,
-                 "reason": one.reason, "episodes": one.lost} for one in walk.bad],
+                 "reason": one.reason, "episodes": one.lost, "explained": id(one) in explained}
+                for one in walk.left_out],
         "errors": errors, "notes": notes + survey.notes, "reading": speed,
     }
     return report, clips
@@ -157,8 +184,9 @@ def _chosen(source):
 def walk_over(source, cfg, files, per_file=None):
     """Reads all episodes of some files, or the first `per_file` of each -> Walk."""
     data = _settings(source, cfg)
-    walk, begin, stride, n_used = Walk(), perf_counter(), 1, 0
-    for file in tqdm(files, desc=source.label, unit="file", leave=False, disable=None):
+    walk, begin, stride, n_used, looking = Walk(), perf_counter(), 1, 0, 0.0
+    for i, file in enumerate(tqdm(files, desc=source.label, unit="file", leave=False,
+                                  disable=None)):
         for episode in islice(source.episodes(file), per_file):
             if isinstance(episode, DamagedEpisode):
                 walk.bad.append(episode)
@@ -166,12 +194,19 @@ def walk_over(source, cfg, files, per_file=None):
                 continue
             status, starts = usable_starts(episode, data)
             if isinstance(status, DamagedEpisode):
-                walk.bad.append(status)
+                walk.odd.append(status)
                 status = "damaged"
             used, poses, velocity = status == "used", episode.poses, episode.joint_velocity
             walk.seen.append(Seen(episode.name, episode.location, poses, status,
                                   len(starts) if used else 0, episode.success))
-            walk.sizes[_image_size(source, episode.images)] += 1
+            walk.sizes[size_of_images(source, episode.images)] += 1
+            # Where there is no time for all, they are spread over the files.
+            if used and data.check and looking <= 1 + SECONDS * i / len(files):
+                since, fault = perf_counter(), fault_of_images(source, episode)
+                walk.looked_at += 1
+                looking += perf_counter() - since
+                if fault:
+                    walk.faults[episode.location] = episode.name, fault
             if velocity is not None and len(velocity):
                 walk.with_velocity += len(velocity)
                 walk.moving += sum(end - start for start, end in moving_stretches(velocity))
@@ -185,49 +220,8 @@ def walk_over(source, cfg, files, per_file=None):
                 walk.kept, stride = walk.kept[::2], 2 * stride
         if per_file and perf_counter() - begin > PATIENCE and walk.n >= SAMPLE:
             break
-    walk.seconds = perf_counter() - begin
+    walk.seconds = perf_counter() - begin - looking
     return walk
-
-
-def _image_size(source, images):
-    """(height, width) of an episode's images as they were recorded."""
-    shape = getattr(images, "shape", ())
-    if len(shape) == 4:                         # .npz
-        return tuple(int(n) for n in shape[1:3])
-    if hasattr(source, "shape"):                # LeRobot
-        return tuple(source.shape)
-    return image_size(images[0]) or (0, 0)
-
-
-def source_camera(source):
-    return getattr(source, "camera", source.data.camera)
-
-
-def _cameras(source):
-    """(a record of a TFRecord file or None, [{"name", "height", "width"}] of all cameras)"""
-    if hasattr(source, "info"):
-        sizes = {name: image_shape(feature) for name, feature in source.info["features"].items()
-                 if feature["dtype"] in ("video", "image") and image_shape(feature)}
-        return None, _named(sizes, "observation.images.{camera}")
-    if source.one_episode_a_file:
-        return None, []
-    for file in source.files[:8]:
-        for _, record in islice(read_records(source.tf, file, source.data.retry_minutes), 8):
-            if isinstance(record, DamagedEpisode):
-                continue
-            record = record.numpy()
-            features = source.tf.train.Example.FromString(record).features.feature
-            first = {name: feature.bytes_list.value[0] for name, feature in features.items()
-                     if feature.bytes_list.value}
-            sizes = {name: image_size(value) for name, value in first.items() if image_size(value)}
-            return record, _named(sizes, source.data.keys.image)
-    return None, []
-
-
-def _named(sizes, pattern):
-    prefix, _, suffix = pattern.partition("{camera}")
-    return [{"name": name.removeprefix(prefix).removesuffix(suffix), "height": int(h),
-             "width": int(w)} for name, (h, w) in sorted(sizes.items())]
 
 
 def _by_size(source, files, record):
@@ -247,6 +241,7 @@ def _survey(source, data, walk, exact, total):
         survey.status[one.status] += 1
         if one.status == "used":
             survey.names[one.name] = survey.names.get(one.name, 0) + one.clips
+            survey.copies[one.name] += 1
     if walk.n_lost:
         survey.status["damaged"] += walk.n_lost
     survey.data = with_validation(survey)
@@ -270,35 +265,52 @@ def _good_poses(walk):
     return good or [one.poses for one in _finite(walk)]
 
 
-def _judge(survey, walk, cfg):
-    """(errors, notes): what stops a run on these data, and what may be wrong."""
+def _judge(source, survey, walk, cfg, has_velocity):
+    """(errors, notes, DamagedEpisodes that the errors explain): what stops a run on these data, and
+    what may be wrong."""
+    named, data = is_named(source), survey.data
     # As a run does, of which the first ones are looked at: one of another unit is named and left
     # out; if most are, that unit is to be named.
     damaged = [one for one in _finite(walk) if one.status == "damaged"]
     sound = [one for one in _finite(walk) if one.status != "damaged"]
     chosen = sound if len(sound[:SAMPLE]) >= len(damaged[:SAMPLE]) else damaged
     names, tracks = [one.name for one in chosen], [one.poses for one in chosen]
-    errors, notes = plausible.examine(tracks[:SAMPLE], names[:SAMPLE], survey.data)
-    later, later_notes = plausible.examine(tracks, names, survey.data)
+    odd = [one.poses for one in damaged]
+    errors, notes = plausible.examine(tracks[:SAMPLE], names[:SAMPLE], data, named, odd[:SAMPLE])
+    later, later_notes = plausible.examine(tracks, names, data, named, odd)
     if later and not errors:
         alone = [name for name, track in zip(names, tracks)
-                 if plausible.examine([track], [name], survey.data)[0]]
+                 if plausible.examine([track], [name], data, named)[0]]
         errors += [f"{one} (alone: {', '.join(alone[:5]) or 'no episode'})" for one in later]
     if len(tracks) > SAMPLE and not errors:
         notes = later_notes
-    if not survey.data.check:
+    if not data.check:
         errors, notes = [], errors + notes
     if errors:
-        return errors, notes                    # what follows from them is not said again
+        return errors, notes, walk.odd          # what follows from them is not said again
+    fault = shared_fault(walk.left_out, walk.n)
+    if fault:
+        return [fault], notes, walk.left_out
+    cut = "leave it out with --data.drop_idle=true" if has_velocity else (
+        "cut it off before training; there are no joint velocities for data.drop_idle")
+    notes += plausible.rest_note(tracks, data, cut)
+    if walk.faults and len(walk.faults) >= max(walk.looked_at, len(walk.kept)):
+        name, fault = next(iter(walk.faults.values()))
+        return [f"the images of all {len(walk.faults)} episodes that were looked at are wrong, "
+                f"such as those of {name}: {fault}"], notes, []
     try:
         _tally(survey, walk, "train").check(at_end=survey.exact)
         splits = ["train"] + ["val"] * (cfg.val_every > 0 and survey.exact)
         for split in splits:
             if not survey.count(split)[1]:
-                raise _tally(survey, walk, split).no_clips_error(clip_span(survey.data), 0)
+                raise _tally(survey, walk, split).no_clips_error(clip_span(data), 0, source)
     except ValueError as error:
         errors.append(str(error).removeprefix(f"{survey.data.path}: "))
-    return errors, notes
+    else:
+        wrong = [DamagedEpisode(location, fault, name)
+                 for location, (name, fault) in walk.faults.items()]
+        notes += bad_share_note(walk.left_out + wrong, walk.n, data)
+    return errors, notes, []
 
 
 def _tally(survey, walk, split):
@@ -308,184 +320,11 @@ def _tally(survey, walk, split):
         if one.status != "damaged":
             here = in_split(one.name, split, survey.data)
             tally.add(one, one.status if here else OTHER)
-    for one in walk.bad:
+    wrong = [DamagedEpisode(location, "", name) for location, (name, _) in walk.faults.items()]
+    for one in walk.left_out + wrong:
         # `leave_out` would print each of them.
+        tally.status.pop(one.location, None)
         tally.bad[one.location] = one.lost
         tally.n_bad += one.lost
         tally.n_bad_here += one.lost * (not one.name or in_split(one.name, split, survey.data))
     return tally
-
-
-# Numbers of poses, a list of [n, 7]
-
-def moves(poses, step, fps, radius):
-    """Of moves x y z over `step` recorded frames, as a dict; shares and lengths are NaN-free: None
-    where there are no moves."""
-    each = [p[step:, :3] - p[:-step, :3] for p in poses if len(p) > step]
-    every = np.concatenate(each) if each else np.zeros((0, 3))          # [N, 3] m
-    some = len(every) > 0
-    largest = abs(every).max(axis=1)                                    # [N]
-    return {
-        "n": len(every), "seconds": step / fps, "radius": radius,
-        "sigma_cm": (100 * every.std(axis=0)).tolist() if some else None,
-        "share_beyond_radius": float((largest > radius).mean()) if some else None,
-        "share_under_1_cm": float((np.linalg.norm(every, axis=1) < 0.01).mean()) if some else None,
-        "radius_of_95_percent": float(np.quantile(largest, 0.95)) if some else None,
-        "known_sigma_cm": {str(n): [round(100 * s, 2) for s in sigma]
-                           for n, sigma in plausible.KNOWN_MOVES.items()}}
-
-
-def idle_by_poses(poses, fps):
-    """The share of steps in which position, rotation and gripper are all slower than STILL, or
-    None."""
-    still = n = 0
-    for track in poses:
-        if len(track) > 1:
-            speeds = fps * pose_deltas(track)                           # [n - 1, 7]
-            rests = [np.linalg.norm(speeds[:, part], axis=1) < limit for part, limit
-                     in zip((slice(0, 3), slice(3, 6), slice(6, 7)), STILL)]
-            still, n = still + int(np.all(rests, axis=0).sum()), n + len(speeds)
-    return still / n if n else None
-
-
-def crossings(poses):
-    """How often a recorded angle jumps by more than π from one step to the next: it crosses ±π."""
-    each = [int((abs(np.diff(p[:, 3:6], axis=0)) > np.pi).any(axis=1).sum()) for p in poses]
-    return {"steps": sum(each), "episodes": sum(n > 0 for n in each)}
-
-
-def jumps(seen, fps):
-    """Steps in which a gripper moves or turns further than one can, and the longest of each."""
-    far, wide = (max(least, speed / fps) for least, speed in (plausible.JUMP, plausible.TURN))
-    n, longest, widest, names = 0, 0.0, 0.0, []
-    for one in seen:
-        if len(one.poses) > 1 and np.isfinite(one.poses).all():
-            moved = np.linalg.norm(np.diff(one.poses[:, :3], axis=0), axis=1)
-            turns = Rotation.from_euler("xyz", one.poses[:, 3:6])
-            turned = (turns[1:] * turns[:-1].inv()).magnitude()
-            n_here = int(((moved > far) | (turned > wide)).sum())
-            n, names = n + n_here, names + [one.name] * bool(n_here)
-            longest, widest = max(longest, float(moved.max())), max(widest, float(turned.max()))
-    return {"steps": n, "longest_m": longest, "limit_m": far, "widest_rad": widest,
-            "limit_rad": wide, "episodes": names[:MANY_NAMES]}
-
-
-def _duplicates(seen):
-    """Names that several episodes have, and names of which the poses are the same."""
-    names, same = Counter(one.name for one in seen), {}
-    for one in seen:
-        if len(one.poses) < 2 or not (np.ptp(one.poses, axis=0) > 0).any():
-            continue                            # it rests, as others may, or is not finite
-        same.setdefault(one.poses.tobytes(), dict.fromkeys([one.name]))[one.name] = None
-    return {"names": {name: n for name, n in names.most_common(MANY_NAMES) if n > 1},
-            "poses": [list(group) for group in same.values() if len(group) > 1][:MANY_NAMES]}
-
-
-def _least_median_most(numbers):
-    return [min(numbers), float(np.median(numbers)), max(numbers)] if numbers else None
-
-
-# What the format tells
-
-def _format(source):
-    if hasattr(source, "info"):
-        kind = "video" if source.is_video else "images"
-        return f"LeRobot {source.info['codebase_version']} ({kind})"
-    if source.one_episode_a_file:
-        return ".npz trajectories"
-    return "RLDS (TFRecord shards)"
-
-
-def _fps_from(source, data):
-    if hasattr(source, "info"):
-        return "info.json"
-    if data.fps:
-        return "data.fps"
-    return "the files" if source.one_episode_a_file and source.data.fps else "assumed, as in DROID"
-
-
-def _success(source, walk):
-    """Shares, or None if nothing tells success from failure."""
-    told = getattr(source, "success", "") or any(
-        "/success/" in one.name or "/failure/" in one.name for one in walk.seen)
-    if not told or not walk.seen:
-        return None
-    n = sum(one.success for one in walk.seen)
-    return {"success": n, "failure": len(walk.seen) - n, "share": n / len(walk.seen)}
-
-
-def _share_of_image(sizes, crop, size):
-    """The share of the most common images' area that the crop keeps."""
-    [((height, width), _)] = sizes.most_common(1) or [((0, 0), 0)]
-    if not height or not width:
-        return None
-    _, _, w, h = crop_rectangle(height, width, crop, size)
-    return w * h / (height * width)
-
-
-def crop_rectangle(height, width, crop, size):
-    """What a crop keeps of an image: (left, top, width, height) in its pixels."""
-    top, left, h, w, new_h, new_w, y, x = crop_window(height, width, crop, size)
-    return left + x * w / new_w, top + y * h / new_h, size * w / new_w, size * h / new_h
-
-
-# Clips
-
-def _try_clips(source, data, walk):
-    """Decodes some clips -> ([SheetClip], {name of an episode: what is wrong with its images or
-    ""}, how long reading takes)."""
-    rows, faults = [], {}
-    tried = walk.kept or walk.spare
-    for i in np.unique(np.linspace(0, len(tried) - 1, min(ROWS, len(tried))).round().astype(int)):
-        file, episode, starts = tried[i]
-        try:
-            clip = _sheet_clip(source, data, file, episode, int(starts[len(starts) // 2]))
-            faults[episode.name] = _frame_fault(clip) if data.check else ""
-            rows.append(clip)
-        except ValueError as error:
-            faults[episode.name] = str(error)
-    # The first clip has loaded and traced what is needed: from here on the time counts.
-    seconds, n, begin = 0.0, 0, perf_counter()
-    for _, episode, starts in walk.kept:
-        images = [source.gather(episode.images, int(start)) for start in starts[:TIMED[0]]]
-        for gathered in images:
-            try:
-                source.decode(gathered)
-                n += 1
-            except ValueError as error:
-                faults.setdefault(episode.name, str(error))
-        seconds = perf_counter() - begin
-        if seconds > TIMED[1]:
-            break
-    return rows, faults, {"clips": n, "seconds_a_clip": seconds / n if n else None,
-                          "seconds_an_episode": walk.seconds / walk.n if walk.n else None}
-
-
-def _frame_fault(clip):
-    frames = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)
-    moved = np.ptp(clip.poses[clip.numbers, :3], axis=0).max()          # m
-    if plausible.frozen(frames) and moved > 0.05:
-        return "its images never change while the gripper moves: is it the right camera?"
-    return plausible.frame_fault(frames)
-
-
-def _sheet_clip(source, data, file, episode, start):
-    """A SheetClip from recorded frame `start`, shorter if the episode is. Raises ValueError."""
-    n, step = len(episode.poses), data.frame_step
-    n_frames = min(data.clip_frames, (n - 1 - start) // step + 1)
-    source.data, given = replace(source.data, clip_frames=n_frames), source.data
-    try:
-        frames = source.decode(source.gather(episode.images, start)).permute(1, 2, 3, 0).numpy()
-        # The same image as a whole: squeezed to a square, which is drawn in its own shape again.
-        source.data = replace(given, crop="none", clip_frames=1)
-        images = episode.images
-        if source.one_episode_a_file:
-            images = next(iter(source.episodes(file))).images
-        whole = source.decode(source.gather(images, start)).permute(1, 2, 3, 0).numpy()[0]
-    finally:
-        source.data = given
-    height, width = _image_size(source, episode.images)
-    split = "validation" if in_split(episode.name, "val", data) else "training"
-    return SheetClip(episode.name, split, frames, start + step * np.arange(n_frames), whole,
-                     (height, width), crop_rectangle(height, width, data.crop, source.size),
-                     episode.poses, data.fps or ASSUMED_FPS)

@@ -23,12 +23,12 @@ def run(given, open_files):
 
     given: as from running/command_line.py. open_files: Config of one data set -> EpisodeSource.
     Raises ValueError at the end if anything is wrong that would stop a run, OSError."""
-    cfg, reports, clips = given.cfg, [], []
+    cfg, reports, clips, known = given.cfg, [], [], {}
     sets = [_recorded(data) for data in config.data_sets(cfg.data)]
     folder = Path(given.options.get("out") or default_folder(sets))
     for data, label in zip(sets, labels(sets)):
         try:
-            report, rows = _look(replace(cfg, data=data), label, open_files)
+            report, rows = _look(replace(cfg, data=data), label, open_files, known)
         except (ValueError, OSError) as error:
             if len(sets) == 1:
                 raise
@@ -75,7 +75,7 @@ def _recorded(data):
     return recorded
 
 
-def _look(cfg, label, open_files):
+def _look(cfg, label, open_files, known):
     reopen = None
     if not cfg.data.drop_idle:
         # Joint velocities tell idle steps, and not all data have them.
@@ -90,7 +90,7 @@ def _look(cfg, label, open_files):
     else:
         source = open_files(cfg)
     source.label = label
-    return inspection.look(source, cfg, reopen)
+    return inspection.look(source, cfg, reopen, known)
 
 
 def _add_epochs(cfg, reports):
@@ -159,6 +159,7 @@ def _entries(report):
     yield "rate", f"{report['fps']:.4g} Hz ({fps})" + (
         ": set --data.fps if that is wrong" if fps.startswith("assumed") else "")
     yield "cameras", _cameras(report)
+    yield "images", _images(report["images"])
     yield "success", _success(report["success"])
     yield "idle", _idle(report["idle"])
     yield "clips", _clips(report, about)
@@ -170,7 +171,8 @@ def _entries(report):
     yield "positions", _ranges(report["ranges"], "xyz", "m")
     yield "angles", _angles(report)
     yield "gripper", _gripper(report)
-    yield "jumps", _jumps(report["jumps"])
+    is_explained = any(one["explained"] for one in report["bad"])
+    yield "jumps", "" if is_explained else _jumps(report["jumps"])
     yield "duplicates", _duplicates(report)
     yield "bad", _bad(report["bad"])
     yield "reading", _reading(report["reading"])
@@ -195,7 +197,11 @@ def _episodes(report):
     for status, n in report["became"].items():
         names = report["unused"].get(status)
         became.append(f"{n:,} {status}" + (f" ({_few(names, 2)})" if names else ""))
-    return f"{text}: {', '.join(became)}" if became else text
+    text = f"{text}: {', '.join(became)}" if became else text
+    if report["duplicates"]["names"]:
+        text += (f". They have {_count(report['recordings'], 'name')}: cameras or parts of one "
+                 "recording are an episode each")
+    return text
 
 
 def _steps(report, about):
@@ -218,6 +224,18 @@ def _cameras(report):
     share = report["share_of_image"]
     crop = f"; data.crop={report['crop']} keeps {share:.0%} of the image" if share else ""
     return f"{names}\n" * bool(names) + f"{own}images of {sizes or 'unknown size'} pixels{crop}"
+
+
+def _images(images):
+    if not images["looked_at"]:
+        return ""
+    text = f"{images['frames']} of each of {_count(images['looked_at'], 'episode')} looked at"
+    wrong = [f"{one['name']}: {one['reason']}" for one in images["wrong"]]
+    if not wrong:
+        return f"{text}: none is of one colour or frozen"
+    more = [f"and {len(wrong) - MOST_BAD:,} more, in inspect.json"] * (len(wrong) > MOST_BAD)
+    return "\n".join([f"{text}; clips that are like that are left out:",
+                      *map(_one_line, wrong[:MOST_BAD]), *more])
 
 
 def _success(success):
@@ -324,12 +342,23 @@ def _duplicates(report):
     if poses:
         parts.append("the same poses under different names, perhaps on both sides of the split: "
                      + _few([" = ".join(group[:4]) for group in poses]))
+    pairs = [" = ".join(pair) for pair in report["duplicates"]["such_as"]]
+    if pairs:
+        n = report["duplicates"]["elsewhere"]
+        parts.append(f"{_count(n, 'episode')} that another data set has too (another camera, or a "
+                     f"copy; on one side of the split): {_few(pairs)}")
     return "\n".join(parts) or "none"
 
 
 def _bad(bad):
     if not bad:
         return "none"
+    explained = [one for one in bad if one["explained"]]
+    if explained:
+        bad = [one for one in bad if not one["explained"]]
+        n = sum(one["episodes"] for one in explained)
+        return "\n".join([f"{_count(n, 'episode')}, for the reason after ERROR",
+                          *([_bad(bad)] if bad else [])])
     n = sum(one["episodes"] for one in bad)
     listed = [_one_line(f"{one['name']}: {one['reason']}") for one in bad[:MOST_BAD]]
     more = [f"and {len(bad) - MOST_BAD:,} more, in inspect.json"] * (len(bad) > MOST_BAD)

@@ -7,11 +7,13 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from episodes.conversion import looks_like_quaternion
+from episodes.poses import pose_deltas
 
 
 LARGEST = 1e4           # m, rad or rad/s: what is larger was never measured on a robot
 REACH = 3.0             # m: no arm on a table reaches further from its base
 ARM = 0.9               # m: the reach of a Franka arm
+FAR = 1.5               # m: from its base it is rarely further
 TURNS = 2 * np.pi + 0.1 # rad: Euler angles lie within a turn, from -π to π or from 0 to 2π
 JUMP = 0.2, 2.0         # m, m/s: the larger one of the two is the most between two frames
 TURN = 1.5, 12.0        # rad, rad/s: the same. Real episodes have 0.03 m and 0.07 rad at 15 Hz
@@ -19,6 +21,12 @@ NEAR = 0.1              # m: a gripper that is never further from its base is no
 ENOUGH = 60             # steps, from which on what they have in common tells something
 WIDTH = 0.12            # m: the widest that grippers open; noise of one that stays shut is less
 FLAT = 4                # levels of 255: what differs less shows nothing
+SAME = 12               # levels: an image that is repeated in a video differs by up to 6
+MOVED = 0.02, 0.2       # m, rad: what moves or turns so far is seen in the images
+# An arm that is slower rests: speeds of position (m/s), rotation (rad/s) and gripper (1/s).
+STILL = 0.005, np.deg2rad(1), 0.05
+MUCH = 1 / 3            # of the steps, or of the episodes: more of it is said
+PADDED = 5, 0.1         # times that the last pose is repeated, and the share of the episode
 
 # Standard deviations of a move along x y z in DROID, in m: of 4 and of 15 recorded frames (0.27 s
 # and 1 s), of which the released weights saw the second.
@@ -55,21 +63,23 @@ def path_fault(poses, data):
     if padded.any() and not zeros.all():
         return (f"its pose is all zeros from step {int(padded.argmax())} on: padding? cut it off, "
                 "or set --data.check=false")
+    # Another unit comes first, since all moves are jumps then. This is one episode among others: of
+    # a whole data set `examine` says what the unit may be.
+    for what, values, limit in (("positions", abs(poses[:, :3]).max(axis=1), REACH),
+                                ("rotations", abs(poses[:, 3:6]).max(axis=1), TURNS)):
+        if np.median(values) > limit:
+            return (f"its {what} reach {values.max():.3g}: another unit than metres and radians? "
+                    "(--data.check=false takes it)")
     fps = data.fps or 15
+    rate = f"{fps:g} Hz (--data.fps tells it)"
     position = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1)    # [n - 1] m
     for moves, (least, speed), unit in ((position, JUMP, "m"),
                                         (_turns(poses[:, 3:6]), TURN, "rad")):
         step = int(moves.argmax())
         if moves[step] > max(least, speed / fps):
-            other = f"the rate not {fps:g} Hz (--data.fps)" if unit == "m" else (
-                "this not the kind of rotation (--data.rotation)")
+            other = " or the kind of rotation another one (--data.rotation)" * (unit == "rad")
             return (f"a jump of {moves[step]:.2g} {unit} from step {step} to {step + 1}: are poses "
-                    f"missing or padded, or is {other}? (--data.check=false takes it)")
-    # One episode among others: of a whole data set `examine` says what the unit may be.
-    for what, values, limit in (("positions", abs(poses[:, :3]).max(axis=1), REACH),
-                                ("rotations", abs(poses[:, 3:6]).max(axis=1), TURNS)):
-        if np.median(values) > limit:
-            return (f"its {what} reach {values.max():.3g}: another unit than metres and radians? "
+                    f"missing or padded, or is the rate not {rate}{other}? "
                     "(--data.check=false takes it)")
     low, high = poses[:, 6].min(), poses[:, 6].max()
     if low < -0.5 or high > 4:
@@ -97,38 +107,93 @@ def known_moves(seconds):
                      for axis in zip(*KNOWN_MOVES.values())])
 
 
-def frame_fault(frames):
-    """What is wrong with frames [3, T, S, S] uint8, or ""."""
-    low, high = frames.transpose(0, 1).flatten(1).aminmax(dim=1)        # [T]
-    flat = (high.short() - low.short()) < FLAT
+def frame_fault(frames, states=None, numbers=None):
+    """What is wrong with frames [3, T, S, S] uint8 at states [T, 7], or "". numbers: of these
+    recorded frames, if they are not those of a clip."""
+    # Every eighth pixel tells nearly all: only what looks flat there is looked at as a whole.
+    for some in (frames[:, :, ::8, ::8], frames):
+        low, high = some.transpose(0, 1).flatten(1).aminmax(dim=1)      # [T]
+        flat = (high.short() - low.short()) < FLAT
+        if not flat.any():
+            break
     # A whole clip of one colour shows nothing; some flat frames among others are dropouts, or pad
     # an episode to a length.
     if int(high.max()) - int(low.min()) < FLAT or flat.any() and not flat.all():
-        return (f"frame {int(flat.int().argmax())} of a clip is of one colour, such as black: is "
-                "the camera the right one, and was it on? (--data.check=false takes it)")
+        i = int(flat.int().argmax())
+        which = f"frame {i} of a clip" if numbers is None else f"frame {numbers[i]}"
+        return (f"{which} is of one colour, such as black: is the camera the right one, and was it "
+                "on? (--data.check=false takes it)")
+    if states is not None and _frozen(frames, states):
+        return ("its images never change while the gripper moves: is the camera the right one, and "
+                "was it on? (--data.check=false takes it)")
     return ""
 
 
-def frozen(frames):
-    """Whether nothing changes in frames [3, T, S, S] uint8."""
-    return bool((frames == frames[:, :1]).all())
+def _frozen(frames, states):
+    """Whether nothing changes in frames [3, T, S, S] uint8 while the arm moves: states [T, 7]."""
+    # Most clips are told by their ends.
+    if (frames[:, 0].short() - frames[:, -1].short()).abs().max() >= SAME:
+        return False
+    low, high = frames.aminmax(dim=1)                                   # [3, S, S]
+    if (high - low).max() >= SAME:
+        return False
+    turns = Rotation.from_euler("xyz", states[:, 3:6])
+    return bool(np.ptp(states[:, :3], axis=0).max() > MOVED[0]
+                or (turns * turns[0].inv()).magnitude().max() > MOVED[1])
 
 
-def examine(poses, names, data):
+def idle_share(poses, fps):
+    """The share of steps in which position, rotation and gripper are all slower than STILL, or
+    None. poses: a list of [n, 7]."""
+    still = n = 0
+    for track in poses:
+        if len(track) > 1:
+            speeds = fps * pose_deltas(track)                           # [n - 1, 7]
+            rests = [np.linalg.norm(speeds[:, part], axis=1) < limit for part, limit
+                     in zip((slice(0, 3), slice(3, 6), slice(6, 7)), STILL)]
+            still, n = still + int(np.all(rests, axis=0).sum()), n + len(speeds)
+    return still / n if n else None
+
+
+def rest_note(poses, data, cut):
+    """A note, in a list, on episodes in which much is idle or the last pose is repeated.
+
+    poses: a list of [n, 7]; cut: what to do about it."""
+    poses = [p for p in poses if len(p) > 1 and np.ptp(p[:, :6], axis=0).any()]
+    if data.drop_idle or not poses:
+        return []
+    parts, share = [], idle_share(poses, data.fps or 15)
+    if share > MUCH:
+        parts.append(f"in {share:.0%} of the steps the arm rests")
+    # From the last step backwards: how many are the same as it
+    repeats = [int((p[::-1] != p[-1]).any(axis=1).argmax()) - 1 for p in poses]
+    padded = [n for n, p in zip(repeats, poses) if n >= max(PADDED[0], PADDED[1] * len(p))]
+    if len(padded) > MUCH * len(poses):
+        times = " to ".join(map(str, dict.fromkeys([min(padded), max(padded)])))
+        parts.append(f"{len(padded)} of {len(poses)} episodes repeat their last pose ({times} "
+                     "times), as padding does")
+    return [f"{', and '.join(parts)}: {cut}"] if parts else []
+
+
+def examine(poses, names, data, named=True, odd=()):
     """What is wrong with the first episodes of a data set, and what may be -> (errors, notes), each
     a line with the number, its range, what it looks like and the setting that converts it.
 
-    poses: a list of [n, 7] as converted; names: of these episodes."""
+    poses: a list of [n, 7] as converted; names: of these episodes; named: whether data.keys names
+    the columns, as in all formats but .npz; odd: poses of others, which `fault` leaves out."""
     poses = [p for p in poses if len(p)]
     if not poses:
         return [], []
     every, notes = np.concatenate(poses), []
+    column = "--data.keys.pose or --data.pose_slice" if named else "--data.pose_slice"
     # What explains the others comes first, and alone.
-    errors = _quaternion(every, data) or _no_poses(poses, data)
+    errors = _quaternion(every, data, named) or _no_poses(poses, data, named)
     if not errors:
-        errors = _positions(every[:, :3], data) + _rotations(every[:, 3:6], data)
-        errors += _gripper(every[:, 6], [p[0, 6] for p in poses], data, notes)
-    if "action" in data.keys.pose:
+        errors = _positions(every[:, :3], data, column) + (
+            _rotations(every[:, 3:6], data, column)
+            or _other_rotation([*poses, *odd], data))
+        errors += _gripper(every[:, 6], [p[0, 6] for p in poses], data, named, notes)
+    if named and "action" in data.keys.pose:
         notes.append(f"poses are read from {data.keys.pose}, which are commands: the arm is where "
                      "they say only later, and actions come from the observed poses elsewhere; "
                      "see --data.keys.pose")
@@ -136,9 +201,15 @@ def examine(poses, names, data):
     if not errors and extent > 2 * ARM:
         notes.append(f"the gripper moves through {extent:.2g} m, more than an arm reaches: joint "
                      "angles instead of poses, or another unit such as feet?")
+    far = np.median(np.linalg.norm(every[:, :3], axis=1))
+    if not errors and far > FAR:
+        notes.append(f"the gripper is mostly {far:.2g} m from the robot's base, further than most "
+                     "arms reach: positions in another frame, or joint angles instead of poses?")
     if len(names) > 2 and len(set(names)) == 1:
+        cure = ("set --data.keys.episode= to another key, or to nothing" if named else
+                "`episode` in the files is to be another one for each recording")
         notes.append(f"all {len(names)} episodes are named {names[0]!r}, and the name decides the "
-                     "split: set --data.keys.episode= to another key, or to nothing")
+                     f"split: {cure}")
     return errors, notes
 
 
@@ -146,26 +217,27 @@ def _range(values):
     return f"{values.min():.3g} to {values.max():.3g}"
 
 
-def _quaternion(poses, data):
+def _quaternion(poses, data, named):
+    key = "with --data.keys.gripper or " * named
     for i in range(4):
         if data.rotation == "euler_xyz" and looks_like_quaternion(poses[:, i:i + 4]):
             columns = "" if i == 3 else ", the columns with --data.pose_slice"
             return [f"numbers {i + 1} to {i + 4} of the pose's 7 have norm 1: a quaternion? then "
-                    f"--data.rotation=quat_xyzw or quat_wxyz{columns}, and the gripper with "
-                    "--data.keys.gripper or as an 8th number"]
+                    f"--data.rotation=quat_xyzw or quat_wxyz{columns}, and the gripper {key}as an "
+                    "8th number"]
     return []
 
 
-def _no_poses(poses, data):
+def _no_poses(poses, data, named):
     """Whether these are other numbers than poses, by how they change."""
-    other = next((word for word in ("velocity", "joint") if word in data.keys.pose), "")
+    other = named and next((word for word in ("velocity", "joint") if word in data.keys.pose), "")
     if other:
         return [f"data.keys.pose is {data.keys.pose}: a {other} is no pose; choose another "
                 "--data.keys.pose"]
     still = [p for p in poses if not np.ptp(p[:, :6], axis=0).any()]
     if len(still) > len(poses) / 2 and sum(map(len, still)) >= ENOUGH:
-        return [f"the pose never changes in {len(still)} of {len(poses)} episodes: is "
-                "--data.keys.pose the right one?"]
+        cure = "is --data.keys.pose the right one" if named else "are `states` what was recorded"
+        return [f"the pose never changes in {len(still)} of {len(poses)} episodes: {cure}?"]
     # A path changes little from step to step beside what it changes in all, and numbers that tell
     # of changes become positive and negative again and again, in all directions.
     ratios, crossings, shares = [], [], []
@@ -183,14 +255,14 @@ def _no_poses(poses, data):
         xyz = np.concatenate(poses)[:, :3]
         what = ("change from one step to the next by more than they spread" if is_noise else
                 "go through zero again and again in all directions")
+        cure = "choose --data.keys.pose, or store poses" if named else "store poses"
         return [f"positions (numbers 1 to 3 of the pose, {_range(xyz)}) {what}, which is no path: "
-                "an action or a velocity instead of a pose? then choose --data.keys.pose, or store "
-                "poses"]
+                f"an action or a velocity instead of a pose? then {cure}"]
     return []
 
 
-def _positions(xyz, data):
-    """xyz: [n, 3]"""
+def _positions(xyz, data, column):
+    """xyz: [n, 3]; column: settings that choose other numbers"""
     largest, lie = np.quantile(abs(xyz), 0.99), f"lie in {_range(xyz)}"
     if largest > REACH:
         scale, unit = ((0.001, "millimetres") if largest > 150 else
@@ -198,16 +270,16 @@ def _positions(xyz, data):
                        (0.1, "decimetres (feet: 0.3048)"))
         return [f"positions (numbers 1 to 3 of the pose) {lie}, and metres are expected: {unit}? "
                 f"then --data.position_scale={scale * data.position_scale:g}; joint angles or "
-                "other numbers? then --data.keys.pose or --data.pose_slice"]
+                f"other numbers? then {column}"]
     if 0 < abs(xyz).max() < NEAR and len(xyz) >= ENOUGH:
         return [f"positions {lie} m, never more than {100 * NEAR:g} cm from the robot's base: "
-                "moves (an action) instead of poses? then choose --data.keys.pose; another unit? "
-                "then --data.position_scale"]
+                f"moves (an action) instead of poses? then choose {column}; another unit? then "
+                "--data.position_scale"]
     return []
 
 
-def _rotations(angles, data):
-    """angles: [n, 3]"""
+def _rotations(angles, data, column):
+    """angles: [n, 3]; column: as in `_positions`"""
     largest, lie = abs(angles).max(), "rotations (numbers 4 to 6 of the pose) lie in"
     if data.rotation == "euler_xyz" and largest > TURNS:
         return [f"{lie} {_range(angles)}, and radians are expected: degrees? then "
@@ -220,11 +292,32 @@ def _rotations(angles, data):
     if data.rotation == "euler_xyz" and (pitch > np.pi / 2 + 0.1).mean() > 0.02:
         return [f"{lie} {_range(angles)}, and number 5 beyond ±π/2, where no second Euler angle "
                 "is: a rotation vector? then --data.rotation=rotvec; joint angles or other "
-                "numbers? then --data.keys.pose or --data.pose_slice"]
+                f"numbers? then {column}"]
     return []
 
 
-def _gripper(gripper, first, data, notes):
+def _other_rotation(poses, data):
+    """Whether rotations jump that do not if their numbers are read as rotation vectors."""
+    # Of the other kinds no reading jumps: a quaternion's numbers in another order turn as smoothly,
+    # and so do the rows of a matrix that are read as its columns.
+    if data.rotation != "euler_xyz":
+        return []
+    limit = max(TURN[0], TURN[1] / (data.fps or 15))
+    angles = [p[:, 3:6] for p in poses if len(p) > 1]
+    jump = np.array([_turns(a).max() > limit for a in angles], bool)
+    if not jump.any():
+        return []
+    vectors = [Rotation.from_rotvec(a) for a in angles]
+    # Moves are far below the limit. One episode that jumps in both readings may be damaged.
+    smooth = np.array([(v[1:] * v[:-1].inv()).magnitude().max() < limit / 3 for v in vectors])
+    if smooth[jump].mean() <= 0.5 or not smooth[~jump].all():
+        return []
+    return [f"rotations (numbers 4 to 6 of the pose) jump in {jump.sum()} of {len(jump)} episodes, "
+            f"and in {(jump & ~smooth).sum()} if they are rotation vectors: then "
+            "--data.rotation=rotvec"]
+
+
+def _gripper(gripper, first, data, named, notes):
     """gripper: [n]; first: of each episode"""
     low, high, expected = gripper.min(), gripper.max(), "and 0 (open) to 1 (closed) is expected"
     if data.gripper.invert:
@@ -232,25 +325,31 @@ def _gripper(gripper, first, data, notes):
         low, high = 1 - high, 1 - low
     lies = f"the gripper's number (the last) lies in {low:.3g} to {high:.3g}, {expected}"
     scale, invert = data.gripper.scale, "--data.gripper.invert=true if the largest is open"
+
+    def scaled(factor, offset=0.0):
+        offset += factor * data.gripper.offset
+        return f"--data.gripper.scale={factor * scale:.4g}" + (
+            f" --data.gripper.offset={offset:.4g}" if offset or data.gripper.offset else "")
     if 0 < high <= 0.01 and scale < 1:
         return [f"{lies}: is --data.gripper.scale={scale:g} too small?"]
     if high == low:
         notes.append(f"the gripper's number is {high:g} in all of the first episodes")
     if low < -0.05:
-        what = ("-1 to 1? store (1 + it) / 2" if low >= -1.05 and high <= 1.05 else
-                "another number? choose with --data.pose_slice or --data.keys.gripper")
-        return [f"{lies}: {what}; see --data.gripper.scale and --data.gripper.invert"]
+        # That reaches an end; joint angles lie anywhere.
+        if low >= -1.05 and high <= 1.05 and (low < -0.94 or high > 0.94):
+            return [f"{lies}: -1 to 1? then {scaled(0.5, 0.5)}, and {invert}"]
+        choose = "--data.pose_slice or --data.keys.gripper" if named else "--data.pose_slice"
+        return [f"{lies}: joint angles instead of a pose of the end effector, or another number? "
+                f"choose with {choose}; see --data.gripper.scale and --data.gripper.offset"]
     if high > 1.05:
         what, most = (("more than 0 to 1000", high) if high > 1100 else
                       ("0 to 1000", 1000) if high > 260 else ("0 to 255", 255) if high > 150 else
                       ("percent", 100) if 86 < high < 101 else ("a width in millimetres", high)
                       if high > 3.2 else ("an angle in radians", high))
-        return [f"{lies}: {what}? then --data.gripper.scale={scale / _widest(most, 1):.4g}, and "
-                f"{invert}"]
+        return [f"{lies}: {what}? then {scaled(1 / _widest(most, 1))}, and {invert}"]
     if high <= WIDTH and high - low > 0.015:
-        return [f"{lies}: a width in metres? then --data.gripper.scale="
-                f"{scale / _widest(high, 1e-3):.4g} --data.gripper.invert=true (without invert "
-                "if the largest is closed)"]
+        return [f"{lies}: a width in metres? then {scaled(1 / _widest(high, 1e-3))} "
+                "--data.gripper.invert=true (without invert if the largest is closed)"]
     if np.median(first) > 0.5:
         notes.append(f"the gripper starts at {np.median(first):.2g} in most episodes, and 1 is "
                      "closed here: is 1 open in these data? then --data.gripper.invert="

@@ -6,6 +6,7 @@
 """
 import difflib
 import os
+import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from episodes import plausible
-from episodes.clips import clip_span, in_split, usable_starts
 from episodes.identity import of_poses
 from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
+from episodes.windows import clip_states_actions, in_split, usable_starts
 from files import say_once
 
 
@@ -33,7 +34,8 @@ class Survey:
     data: object                                # its DataConfig
     label: str
     exact: bool                                 # whether all episodes were looked at
-    names: dict = field(default_factory=dict)   # {name of a usable episode: its clips}
+    names: dict = field(default_factory=dict)   # {name of usable episodes: their clips}
+    copies: Counter = field(default_factory=Counter)        # episodes of a name: cameras, parts
     recordings: dict = field(default_factory=dict)  # {identity of its poses: that name}
     twins: dict = field(default_factory=dict)   # {name: another one with the same poses}
     known: set = field(default_factory=set)     # names of all episodes that were looked at
@@ -44,8 +46,8 @@ class Survey:
 
     def count(self, split):
         """(usable episodes, clips) of a split among those that were looked at."""
-        clips = [n for name, n in self.names.items() if in_split(name, split, self.data)]
-        return len(clips), sum(clips)
+        here = [name for name in self.names if in_split(name, split, self.data)]
+        return sum(self.copies[name] for name in here), sum(self.names[name] for name in here)
 
     def lines(self, n_clips=0):
         """What a run that is to see n_clips of this data set should know before step 0."""
@@ -58,8 +60,12 @@ class Survey:
         n_val, val = (round(scale * n) for n in self.count("val"))
         fps = f"{data.fps:g} Hz" if data.fps else "15 Hz (assumed: set --data.fps)"
         seconds = (data.clip_frames - 1) * data.frame_step / (data.fps or 15)
-        others = ", ".join(f"{n:,} {status}" for status, n in self.status.most_common()
-                           if status != "used")
+        others = [f"{n:,} {status}" for status, n in self.status.most_common()
+                  if status != "used"]
+        if len(self.names) < self.status["used"]:
+            n = round(scale * len(self.names))
+            others.insert(0, f"of {about}{n:,} recording{'s' * (n != 1)}")
+        others = ", ".join(others)
         lines = [f"{self.label}: {about}{n_train:,} training episodes with {train:,} clips, "
                  f"{n_val:,} for validation with {val:,}{f' ({others})' if others else ''}; "
                  f"a clip is {data.clip_frames} frames, {data.frame_step} recorded frames apart: "
@@ -142,18 +148,21 @@ def _look(source):
     data = source.data
     exact = is_quick(source)
     survey = Survey(data, source.label, exact)
-    images, sound, odd = [], [], []
+    images, sound, odd, bad = [], [], [], []
     for file in source.files:
         for episode in source.episodes(file):
             if isinstance(episode, DamagedEpisode):
                 survey.status["damaged"] += episode.lost
+                bad.append(episode)
                 continue
             survey.known.add(episode.name)
             status, starts = usable_starts(episode, data)
             if isinstance(status, DamagedEpisode):
+                bad.append(status)
                 status = "damaged"
             survey.status[status] += 1
             if status == "used":
+                survey.copies[episode.name] += 1
                 survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
                 # of one camera there may be a step more
                 for identity in (of_poses(episode.poses), of_poses(episode.poses[:-1])):
@@ -175,9 +184,39 @@ def _look(source):
     looked_at = sound if len(sound) >= len(odd) else odd
     survey.poses = [episode.poses for episode in looked_at]
     if data.check:
-        _check(source, survey, [episode.name for episode in looked_at], images)
+        _check(source, survey, [episode.name for episode in looked_at], images,
+               [episode.poses for episode in odd])
+    n = sum(survey.status.values())
+    fault = shared_fault(bad, n)
+    if exact and fault:
+        raise ValueError(f"{data.path}: {fault}")
+    survey.notes += bad_share_note(bad, n, data)
     survey.data = with_validation(survey)
     return survey
+
+
+def is_named(source):
+    """Whether data.keys names the columns of a source."""
+    return getattr(source, "named", True)
+
+
+def shared_fault(bad, n):
+    """What is wrong with all of n episodes, in one line, or "". bad: DamagedEpisodes."""
+    reasons = {re.sub(r"[\d.,]+", "0", one.reason) for one in bad}
+    if len(reasons) != 1 or sum(one.lost for one in bad) < n or len(bad) < n:
+        return ""
+    first = bad[0]
+    where = f"in all {n:,} episodes, such as {first.location}" if n > 1 else first.location
+    return f"{first.reason} ({where})"
+
+
+def bad_share_note(bad, n, data):
+    """A note, in a list, if a larger share of n episodes than data.max_bad_share is left out."""
+    n_bad = sum(one.lost for one in bad)
+    if n_bad <= data.max_bad_share * n:
+        return []
+    return [f"{n_bad:,} of {n:,} episodes {'is' if n_bad == 1 else 'are'} left out, a larger share "
+            f"than data.max_bad_share ({data.max_bad_share:g}), such as {bad[0]}"]
 
 
 def is_quick(source):
@@ -195,22 +234,23 @@ def expected_episodes(source):
     return sum((getattr(source, "expected", None) or {}).values())
 
 
-def _check(source, survey, names, images):
-    errors, survey.notes = plausible.examine(survey.poses, names, survey.data)
-    faults, still = [], []
+def _check(source, survey, names, images, odd):
+    data, named = survey.data, is_named(source)
+    errors, survey.notes = plausible.examine(survey.poses, names, data, named, odd)
+    if not errors:
+        velocity = "leave it out with --data.drop_idle=true if there are joint velocities, or "
+        survey.notes += plausible.rest_note(
+            survey.poses, data, f"{velocity * named}cut it off before training")
+    faults = []
     for episode, start in images:
         try:
             frames = source.decode(source.gather(episode.images, start))
         except ValueError:
             continue                            # said when the episode is read
-        faults.append(plausible.frame_fault(frames))
-        span = episode.poses[start:start + clip_span(survey.data)]
-        still.append(plausible.frozen(frames) and np.ptp(span[:, :3], axis=0).max() > 0.02)
+        states, _ = clip_states_actions(episode.poses, np.array([start]), data)
+        faults.append(plausible.frame_fault(frames, states[0]))
     if faults and all(faults):
         errors.append(f"the images of the first {len(faults)} episodes are wrong: {faults[0]}")
-    elif len(still) > 1 and all(still):
-        errors.append(f"the images of the first {len(still)} episodes never change while the "
-                      "gripper moves: is it the right camera?")
     if errors:
         raise ValueError(f"{survey.data.path}: {'; '.join(errors)}; --data.check=false takes the "
                          "data as they are")

@@ -120,8 +120,11 @@ class Tally:
         elif not reason and n_others == 1 and self.split == "val":
             cure = "there is one recording, and validation needs another one: record more"
         elif not reason and len(self.names) == 1 and n_others > 1:
+            another = ("set --data.keys.episode= to another key, or to nothing"
+                       if getattr(source, "named", True) else
+                       "`episode` in the files is to be another one for each recording")
             cure = (f"all {n_others:,} episodes are named {next(iter(self.names))!r}, and the name "
-                    "decides the split: set --data.keys.episode= to another key, or to nothing")
+                    f"decides the split: {another}")
         elif reason and n_others > counts.total():
             cure += f", or {cures['']}"
         return ValueError(f"{self.path}: no clip for {self.split} {where}in {self.report()}, "

@@ -28,8 +28,8 @@ RECORD = {
 }
 
 
-def settings_of(kind="euler_xyz", scale=1.0, invert=False, **more):
-    return DataConfig(rotation=kind, gripper=GripperConfig(scale, invert), **more)
+def settings_of(kind="euler_xyz", scale=1.0, invert=False, offset=0.0, **more):
+    return DataConfig(rotation=kind, gripper=GripperConfig(scale, invert, offset), **more)
 
 
 def difference(poses, rotation):
@@ -50,18 +50,22 @@ ANGLES = st.lists(st.tuples(*[st.floats(-2 * PI, 2 * PI)] * 3), min_size=1, max_
 @settings(max_examples=60, deadline=None)
 @given(angles=ANGLES, xyz=st.tuples(*[st.floats(-2, 2)] * 3), gripper=st.floats(0, 1),
        scale=st.sampled_from([1, 0.001, 0.01, 1.5]), opening=st.sampled_from([1, 0.08, 255, 1000]),
-       invert=st.booleans())
-@example([(PI, 0, 0), (-PI, 0, 0), (0, 0, PI), (PI, 0, PI), (0, 0, 0)], (0, 0, 0), 0, 1, 1, False)
+       invert=st.booleans(), least=st.sampled_from([0, -1, -0.5, 30]))
+@example([(PI, 0, 0), (-PI, 0, 0), (0, 0, PI), (PI, 0, PI), (0, 0, 0)], (0, 0, 0), 0, 1, 1, False,
+         0)
 @example([(0, PI / 2, 0), (1, PI / 2, 2), (1, -PI / 2, 2), (0, -PI / 2, PI), (3, PI / 2, 3)],
-         (1, 2, 3), 1, 0.001, 255, True)
-@example([(PI, 0, 0), (PI - 1e-9, 0, 0), (-PI + 1e-9, 1e-9, 0)], (1, 0, 0), 0.5, 1, 1, False)
+         (1, 2, 3), 1, 0.001, 255, True, -1)
+@example([(PI, 0, 0), (PI - 1e-9, 0, 0), (-PI + 1e-9, 1e-9, 0)], (1, 0, 0), 0.5, 1, 1, False,
+         -1)
 def test_every_kind_scale_and_gripper_rule_comes_back(kind, angles, xyz, gripper, scale, opening,
-                                                      invert):
+                                                      invert, least):
+    # A gripper of least … least + opening, such as -1 … 1
     rotation, n = Rotation.from_euler("xyz", angles), len(angles)
     recorded = np.concatenate([
         np.tile(np.array(xyz) / scale, (n, 1)), RECORD[kind](rotation),
-        np.full((n, 1), opening * (1 - gripper if invert else gripper))], axis=1)
-    poses = to_poses(recorded, None, settings_of(kind, 1 / opening, invert, position_scale=scale))
+        np.full((n, 1), least + opening * (1 - gripper if invert else gripper))], axis=1)
+    data = settings_of(kind, 1 / opening, invert, -least / opening, position_scale=scale)
+    poses = to_poses(recorded, None, data)
     assert poses.shape == (n, 7) and poses.dtype == np.float64
     assert np.abs(poses[:, :3] - xyz).max() < 1e-9
     # Closer than 1e-7 to gimbal lock scipy takes it for that.
@@ -203,7 +207,8 @@ MATRIX = turning().as_matrix()
     (QUATERNIONS[:, :7], of_width(1), "euler_xyz", "four of them have norm 1: a quaternion?"),
     (np.roll(QUATERNIONS, 4, 1), None, "euler_xyz", "choose columns with --data.pose_slice"),
     (QUATERNIONS[:, :7], None, "quat_xyzw", "the gripper is missing: name it with --data.keys.g"),
-    (of_width(6), None, "euler_xyz", "expected 7: x y z, Euler angles, gripper; the gripper is "),
+    (of_width(6), None, "euler_xyz", "expected 7: x y z, Euler angles, gripper; the gripper is "
+     "missing: name it with --data.keys.gripper"),
     (of_width(7), of_width(1), "euler_xyz", "is its last number the gripper? --data.keys.gripper="),
     (of_width(14), None, "euler_xyz", "choose columns with --data.pose_slice"),
     (np.concatenate([of_width(3), MATRIX[:, :2].reshape(20, 6), of_width(1)], axis=1), None,
@@ -217,3 +222,7 @@ def test_another_number_of_columns_is_explained(pose, gripper, kind, says):
     message = str(error.value)
     assert message.startswith(f"{pose.shape[1]} numbers in a pose") and says in message
     assert "\n" not in message
+    if gripper is None:                                     # .npz has no keys
+        with pytest.raises(ValueError) as error:
+            to_poses(pose, gripper, replace(DataConfig(), rotation=kind), named=False)
+        assert "--data.keys" not in str(error.value)

@@ -201,7 +201,8 @@ def test_more_files_than_are_stored_are_told_once(cfg, capsys):
 @pytest.mark.parametrize("args, says", [
     (["--data.rotation=rotvec"], "rotation"), (["--data.position_scale=2"], "position_scale"),
     (["--data.gripper.invert"], "gripper.invert"), (["--data.pose_slice=0:7"], "pose_slice"),
-    (["--data.keys.pose=states"], "keys.pose"), (["--data.frame_step=2"], "frame_step"),
+    (["--data.gripper.offset=0.1"], "gripper.offset"),
+    (["--data.keys.pose=states"], "keys.pose"),
     (["--data.crop=center"], "crop"), (["--data.camera=other"], "camera"),
 ])
 def test_other_settings_do_not_use_the_store(cfg, base, args, says):

@@ -16,7 +16,7 @@ import config
 import droid
 import small
 import tabletop
-from episodes import contact_sheet, inspection, inspection_text
+from episodes import contact_sheet, inspection, inspection_images, inspection_text
 from episodes.crops import crop_frames
 from running import command_line
 
@@ -44,7 +44,7 @@ def test_the_rectangle_is_what_the_crop_keeps(shape, crop):
     # Positions in steps of 1/255 of the image
     image = (255 * image / [shape[0] - 1, shape[1] - 1, 1]).round().astype(np.uint8)
     frame = crop_frames(image[None], crop, 256)[0].numpy().astype(float)
-    left, top, width, height = inspection.crop_rectangle(*shape, crop, 256)
+    left, top, width, height = inspection_images.crop_rectangle(*shape, crop, 256)
     found = (frame[:, :, 1].min() / 255 * shape[1], frame[:, :, 0].min() / 255 * shape[0],
              np.ptp(frame[:, :, 1]) / 255 * shape[1], np.ptp(frame[:, :, 0]) / 255 * shape[0])
     assert np.allclose((left, top, width, height), found, atol=2.5)

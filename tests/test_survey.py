@@ -7,8 +7,9 @@ import pytest
 import config
 import droid
 from episodes import plausible
-from episodes.clips import in_split
-from episodes.source import with_rate
+from episodes.source import DamagedEpisode, with_rate
+from episodes.survey import shared_fault
+from episodes.windows import in_split
 from small import data_recipe
 
 
@@ -65,6 +66,53 @@ def test_moves_far_beyond_those_of_droid_are_told(tmp_path):
         assert any("is the rate right?" in line for line in lines) is told
         assert any("WARNING: more than 100" in line for line in lines)
     assert plausible.known_moves(1) == pytest.approx([0.055, 0.095, 0.075])
+
+
+def test_a_reason_that_all_episodes_share_is_one_line(tmp_path, capsys):
+    for i in range(6):
+        write(tmp_path, f"ep{i}", path(i, n=20 + i)[:, :6])
+    with pytest.raises(ValueError) as error:
+        droid.create_dataloader(data_recipe(tmp_path))
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}: 6 numbers in a pose, expected 7") and "\n" not in said
+    assert said.endswith("(in all 6 episodes, such as ep0.npz)") and not capsys.readouterr().err
+    # The numbers in it may differ, the rest may not.
+    for i, reason in enumerate(("9 images and 20 states", "7 images and 3 states", "other")):
+        bad = [DamagedEpisode("a", "8 images and 20 states"), DamagedEpisode("b", reason)]
+        assert bool(shared_fault(bad, 2)) == (i < 2) and not shared_fault(bad, 3)
+    assert shared_fault(bad[:1], 1) == "8 images and 20 states (a)" and not shared_fault([], 0)
+
+
+@pytest.mark.parametrize("n_bad, share, says", [
+    (0, 0.05, ""), (1, 0.05, "1 of 10 episodes is left out, a larger share than data.max_"),
+    (4, 0.05, "4 of 10 episodes are left out"), (4, 0.4, ""), (4, 0.3, "(0.3), such as ep0.npz: ")])
+def test_many_that_are_left_out_are_told_though_most_are_good(tmp_path, n_bad, share, says):
+    for i in range(10):
+        poses = path(i, move=0.004)
+        poses[12:, 0] += 0.7 * (i < n_bad)
+        write(tmp_path, f"ep{i}", poses)
+    cfg = data_recipe(tmp_path, f"--data.max_bad_share={share}")
+    lines = " ".join(droid.create_dataloader(cfg).summary(10))
+    assert says in lines and ("left out" in lines) is bool(says)
+
+
+def test_episodes_are_files_and_recordings_are_names(tmp_path):
+    for i in range(6):
+        for camera in ("left", "right", "top"):
+            write(tmp_path, f"ep{i}_{camera}", path(i, move=0.004), episode=f"ep{i}")
+    loader = droid.create_dataloader(data_recipe(tmp_path), shuffle=False)
+    list(loader)
+    assert loader.summary(1)[0].startswith(f"{tmp_path.name}: 18 training episodes with")
+    assert "(of 6 recordings)" in loader.summary(1)[0]
+    assert loader.report() == "18 episodes of this split: 18 used"
+
+
+def test_a_slow_rate_that_no_file_says_is_asked_for(tmp_path):
+    for i in range(6):
+        write(tmp_path, f"ep{i}", path(i, move=0.2))
+    with pytest.raises(ValueError, match=r"is the rate not 15 Hz \(--data.fps tells it\)"):
+        droid.create_dataloader(data_recipe(tmp_path))
+    droid.create_dataloader(data_recipe(tmp_path, "--data.fps=1"))
 
 
 @pytest.mark.parametrize("n, length, says", [
