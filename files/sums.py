@@ -7,11 +7,11 @@ from files.reading import read_bytes
 SUMS = "SHA256SUMS"
 
 
-def read_sums(folder):
+def read_sums(folder, limit=10_000):
     """{name: SHA-256} of the files in a folder (a Path); {} for a step of an older version, or an
-    adapter from elsewhere, which has no sums. Raises ValueError."""
+    adapter from elsewhere, which has no sums. limit: of bytes. Raises ValueError."""
     try:
-        lines = read_bytes(folder / SUMS, limit=10_000).decode().splitlines()
+        lines = read_bytes(folder / SUMS, limit).decode().splitlines()
         return {line[66:]: line[:64] for line in lines}
     except FileNotFoundError:
         return {}

@@ -14,6 +14,7 @@ from textwrap import wrap
 from types import SimpleNamespace
 
 import config
+from episodes.retry import is_remote
 from files.text import expand_home
 from running import stop
 from running.arguments import RUN, is_step, load, main_steps, run_folder, split, step_folders
@@ -25,8 +26,8 @@ HELP = ("-h", "--help", "help", "-help", "--h", "-?", "/?")
 # Options besides the keys of config.yaml, and what they mean.
 OPTIONS = {
     "train.py": {}, "latents.py": {}, "toy.py": {},
-    "droid.py": {"out": "folder for inspect.json and inspect.png (default inspect/NAME, after the "
-                        "data)"},
+    "droid.py": {"out": "inspect: folder for inspect.json and inspect.png (default inspect/NAME, "
+                        "after the data)"},
     "energy.py": {
         "steps": "of the run folder, as in --steps=50,200; if neither these nor --adapters are "
                  "given, its milestones and the newest one",
@@ -44,6 +45,7 @@ OPTIONS = {
     "bench.toy_study": {"seeds": "as in --seeds=0,1 (default 0,1,2,3,4)"},
 }
 WITHOUT_KEYS = ("toy.py", "bench.toy_study")
+COPY = "python droid.py copy gs://…/droid_100/1.0.0 FOLDER"
 # export.py's: arguments, and the options that apply.
 COMMANDS = {
     "slim": ("SOURCE.pt TARGET.safetensors", ("dtype",)),
@@ -221,12 +223,15 @@ def _energy(given):
 
 
 def _droid(given):
-    """Adds `cfg`. Paths that are neither recipes nor run folders are data.path."""
+    """Adds `command` and `cfg`. For inspect, paths that are neither recipes nor run folders are
+    data.path."""
     usage = "python droid.py inspect FOLDER [RECIPE.yaml …] [--key=value …]"
-    command, *paths = given.paths or [""]
-    if command != "inspect":
-        raise ValueError(f"{command or 'droid.py'}: no command; there is one: {usage} (--help "
-                         "explains it)")
+    given.command, *paths = given.paths or [""]
+    if given.command == "copy":
+        return _copy(given, paths)
+    if given.command != "inspect":
+        raise ValueError(f"{given.command or 'droid.py'}: no command; there are: {usage}; "
+                         f"{COPY} (--help explains them)")
     given.paths = [path for path in paths if _is_recipe(path)]
     data = [path for path in paths if not _is_recipe(path)]
     keys = [key for key in given.keys if key.startswith("--data.path=")]
@@ -246,6 +251,21 @@ def _droid(given):
     if "out" in given.options:
         given.options["out"] = expand_home(given.options["out"])
         check_target(given.options["out"], folder=True)
+    return given
+
+
+def _copy(given, paths):
+    """Adds `cfg` and leaves the two paths."""
+    others = [key for key in given.keys if not key.startswith("--data.retry_minutes=")]
+    others += [f"--{name}" for name in given.options]
+    if len(paths) != 2:
+        raise ValueError(f"copy takes 2 paths, got {len(paths)}: {COPY}")
+    if others:
+        raise ValueError(f"{others[0]} does not apply to copy; --data.retry_minutes does")
+    if is_remote(paths[1]):
+        raise ValueError(f"{paths[1]}: copy writes into a folder of this machine: {COPY}")
+    check_target(paths[1], folder=True)
+    given.paths, given.debug, given.cfg = paths, False, config.load(given.keys)
     return given
 
 
