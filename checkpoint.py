@@ -231,9 +231,10 @@ def _fault_of_state(state, folder):
             return f"its settings: {fault}"
     for rank in state["ranks"]:
         data = rank.get("data") if isinstance(rank, dict) else None
-        if not isinstance(data, dict) or not _is_rng(rank.get("rng")) or not all(
-                type(data.get(key)) is int and data[key] >= 0
-                for key in ("round", "index", "count")):
+        if not isinstance(data, dict) or not _is_rng(rank.get("rng")) or not (
+                {"round", "index", "count"} <= data.keys()) or not all(
+                type(value) is int and value >= 0 for key, value in data.items()
+                if key not in ("taken", "sets")):
             return "ranks hold no random state or no place in the data"
     return "" if state["ranks"] else "it has no rank"
 

@@ -50,6 +50,7 @@ class KeysConfig:
 class GripperConfig:
     scale: float = 1.0
     invert: bool = False
+    offset: float = 0.0
 
 
 @dataclass
@@ -67,7 +68,11 @@ class DataConfig:
     drop_idle: bool = False
     val_fraction: float = 0.1
     val_episodes: tuple[str, ...] = ()
+    offsets: str = "grid"
     shuffle_buffer: int = 512
+    read_ahead_mb: float = 512.0
+    cache: str = ""
+    cache_gb: float = 20.0
     max_bad_share: float = 0.05
     retry_minutes: float = 10.0
     latents: str | tuple = ""
@@ -150,6 +155,7 @@ CHOICES = {
     "optimizer": ("adamw8bit", "adamw"),
     "precision": ("bf16", "fp16", "fp32"),
     "data.crop": ("center", "droid", "none"),
+    "data.offsets": ("grid", "any"),
     "data.rotation": ("euler_xyz", "degrees", "quat_xyzw", "quat_wxyz", "rotvec", "rot6d",
                       "rot6d_rows"),
     "energy.others": ("zero", "truth"),
@@ -163,7 +169,8 @@ AT_LEAST = {
     "gcs_minutes": 0, "dist_timeout_minutes": 0.05, "stop_at": 0, "seed": 0,
     "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
     "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
-    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.max_bad_share": 0,
+    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.read_ahead_mb": 0, "data.cache_gb": 0,
+    "data.max_bad_share": 0,
     "data.step_seconds": 0, "data.fps": 0, "data.position_scale": 1e-9,
     "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
@@ -172,7 +179,7 @@ AT_LEAST = {
 # Of longer times timers overflow.
 AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
            "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
-PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents")
+PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents", "data.cache")
 # One or several of them. A data set in data.path can have values of its own: see `data_sets`.
 LISTS = ("data.path", "data.camera", "data.latents")
 OF_A_DATA_SET = ("path", "camera", "crop", "frame_step", "step_seconds", "fps", "only_success",

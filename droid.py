@@ -2,6 +2,7 @@
 LeRobot folders, or .npz files.
 
     python droid.py inspect my_robot/ [RECIPE.yaml] [--data.camera=front]   # what a data set holds
+    python droid.py copy gs://gresearch/robotics/droid_100/1.0.0 data/droid_100     # resumes
 
     for batch in droid.create_dataloader(cfg, "train"):     # endless; shuffle=False: one pass
         batch["frames"]     # [B, 3, T, S, S] uint8 RGB, T frames, frame_step recorded frames apart
@@ -22,6 +23,7 @@ The order of clips is resumed exactly with `state_dict` and `load_state_dict`.
 """
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from running import script
@@ -36,7 +38,8 @@ import torch.distributed as dist
 
 import config
 import files.imports  # noqa: F401 (TensorFlow and Triton in one process)
-from episodes.clips import Clips, clip_span
+from episodes.cache import with_cache
+from episodes.clips import Clips
 from episodes.conversion import to_poses
 from episodes.crops import crop_frames, images_at_a_time
 from episodes.lerobot import LeRobotFiles
@@ -51,7 +54,9 @@ from episodes.stored import StoredLatents
 from episodes.survey import check_val_episodes, on_one_side, survey_of
 from episodes.tf import tensorflow
 from episodes.tfrecords import check_keys, read_records, read_text, wanted_features
+from episodes.windows import clip_span
 from model import resolve_size
+from running.lock import Lock
 
 
 def create_dataloader(cfg, split="train", shuffle=True):
@@ -67,9 +72,11 @@ def create_dataloader(cfg, split="train", shuffle=True):
 
 
 def validation_loaders(cfg):
-    """{name of a data set: its validation clips, one pass in order}: losses are told for each."""
+    """{name of a data set: a pass over its validation clips}: val_batches of them, spread over as
+    many episodes as possible. Losses are told for each."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return {source.label: Clips(source, cfg, "val", False, *ranks) for source in open_sets(cfg)}
+    n = cfg.val_batches * cfg.batch_size
+    return {source.label: Clips(source, cfg, "val", False, *ranks, n) for source in open_sets(cfg)}
 
 
 def open_source(cfg):
@@ -112,12 +119,17 @@ def _open_files(cfg):
         return LeRobotFiles(path, data, size)
     is_folder, names = list_files(path, tf, connection)
     npz = [name for name in names if name.endswith(".npz")]
-    if npz and not tf and (is_folder or npz == names):
+    records = any(".tfrecord" in name for name in names)
+    if npz and not tf and (npz == names or is_folder and not records):
         return NpzFiles(npz, data, size)
     shards = train_shards(path, is_folder, names)
     tf = tensorflow(anonymous)
     expected = count_episodes(path, is_folder, shards, partial(read_text, tf, data.retry_minutes))
-    return RldsFiles(tf, shards, data, size, expected)
+    source = RldsFiles(tf, shards, data, size, expected)
+    some = shards[:4]
+    source = with_cache(source, sum(map(source.size_of, some)) / len(some) * len(shards))
+    source.check()
+    return source
 
 
 class RldsFiles:
@@ -127,7 +139,7 @@ class RldsFiles:
 
     def __init__(self, tf, files, data, size, expected=None):
         """size: of the frames, in pixels. expected: {file: episodes it should hold}, as far as
-        known. Raises ValueError for data.keys that are not there, OSError."""
+        known."""
         # DROID was recorded at 15 Hz; another data set says so with data.fps.
         data = with_rate(data, 0 if data.fps else 15.0, data.path)
         self.tf, self.files, self.data, self.size = tf, files, data, size
@@ -136,11 +148,23 @@ class RldsFiles:
         self._decode_images = self.tf.function(
             self._images_to_frames, autograph=False,
             input_signature=[self.tf.TensorSpec([None], self.tf.string)])
-        check_keys(tf, files, self._records, data, self.image_key)
+        self.begun = {}             # {file: (its first records, the others)}
+
+    def check(self):
+        """Raises ValueError for data.keys that are not there, OSError."""
+        check_keys(self.tf, self.files, self._begin, self.data, self.image_key)
+
+    def _begin(self, file):
+        """Records of a file with which `episodes` begins once: nothing is fetched twice."""
+        seen, records = self.begun[file] = [], self._records(file)
+        for record in records:
+            seen.append(record)
+            yield record
 
     def episodes(self, file):
         features, n = wanted_features(self.tf, self.data, self.image_key), 0
-        for number, record in self._records(file):
+        seen, records = self.begun.pop(file, ((), None))
+        for number, record in chain(seen, records or self._records(file)):
             n += 1
             if isinstance(record, DamagedEpisode):
                 yield record
@@ -162,7 +186,7 @@ class RldsFiles:
         return self.stat(file).length
 
     def every_frame(self, images):
-        return self._decode_frames(images[::self.data.frame_step].tolist())
+        return self.decode_frames(images[::self.data.frame_step].tolist())
 
     def gather(self, images, start):
         # Compressed, they take little room in the shuffle buffer, and only what is used is decoded.
@@ -170,9 +194,9 @@ class RldsFiles:
         return images[start:end:self.data.frame_step].tolist()          # bytes [T]
 
     def decode(self, gathered):
-        return self._decode_frames(gathered).permute(3, 0, 1, 2)        # [3, T, S, S]
+        return self.decode_frames(gathered).permute(3, 0, 1, 2)        # [3, T, S, S]
 
-    def _decode_frames(self, images):
+    def decode_frames(self, images):
         """JPEG or PNG bytes [T] -> cropped [T, S, S, 3] uint8. Raises ValueError."""
         n, cropped = images_at_a_time(images, self.data.crop, self.size), []
         try:
@@ -227,11 +251,18 @@ def _per_step(values, key, n):
 
 
 def main(args):
-    """What `python droid.py inspect` runs. args: as for `script.run`."""
-    def inspect(given):
-        from episodes import inspection_text
-        inspection_text.run(given, _open)
-    script.run("droid.py", __doc__, args, inspect)
+    """What `python droid.py` runs: inspect or copy. args: as for `script.run`."""
+    def work(given):
+        if given.command == "copy":
+            from episodes.copying import copy
+            with Lock(given.paths[1]):
+                print(copy(*given.paths, given.cfg.data.retry_minutes))
+        else:
+            from episodes import inspection_text
+            # A sample is not worth a copy of the shards that it is in.
+            inspection_text.run(given, lambda cfg: _open(
+                replace(cfg, data=replace(cfg.data, cache="off"))))
+    script.run("droid.py", __doc__, args, work)
 
 
 if __name__ == "__main__":

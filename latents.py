@@ -5,12 +5,13 @@ its output never changes.
     torchrun --standalone --nproc_per_node=2 latents.py config.yaml     # two GPUs, half the files
     python train.py config.yaml --data.latents=latents/droid_100        # needs no TensorFlow
 
-Stored are frames 0, frame_step, … of each episode, through data.camera and data.crop, in the dtype
-of `precision`: 0.72 MB a frame in bf16. For each data file there are NNNNN.bin (latents
-[rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes, and the SHA-256 of the .bin);
-store.json holds the settings that they were made with. Another encoder, camera, crop or frame_step
-is an error. An interrupted run goes on when it is started again; truncated or modified files are
-detected and made again. episodes/stored.py reads what is written here.
+Stored are frames 0, frame_step, … of each episode, or all with --data.offsets=any, through
+data.camera and data.crop, in the dtype of `precision`: 0.72 MB a frame in bf16. For each data file
+there are NNNNN.bin (latents [rows, N, D], to be memory-mapped) and NNNNN.npz (its episodes, and the
+SHA-256 of the .bin); store.json holds the settings that they were made with. Another encoder,
+camera or crop is an error, and a frame_step whose frames are not there. An interrupted run goes on
+when it is started again; truncated or modified files are detected and made again.
+episodes/stored.py reads what is written here.
 """
 import hashlib
 import json
@@ -86,7 +87,9 @@ def encode(cfg):
 
 
 def _encode_missing(cfg, folder):
-    cfg = replace(cfg, data=replace(cfg.data, latents=""))      # the source is to read images
+    # The source is to read images: all, where clips can begin anywhere.
+    step = {"frame_step": 1, "step_seconds": 0.0} if cfg.data.offsets == "any" else {}
+    cfg = replace(cfg, data=replace(cfg.data, latents="", cache="off", **step))
     device = model.resolve_device(cfg.device)
     if cfg.memory and device.type == "cuda":
         from fast import memory

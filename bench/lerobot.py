@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import config
-from episodes.clips import clip_span
 from episodes.lerobot import LeRobotFiles
 from episodes.source import Episode
+from episodes.windows import clip_span
 
 
 def measure(cfg, n=300):

@@ -1,10 +1,13 @@
-"""Clips from episodes: their windows, the train/validation split, and the order of clips.
+"""Batches of clips from episodes, in an order that the seed decides.
 
 Nothing here knows how episodes are stored: `Clips` asks an `EpisodeSource` (episodes/source.py).
+Which clips an episode has is said by episodes/windows.py, in which order they come by rounds.py.
 """
-import zlib
+from contextlib import closing
 from dataclasses import replace
-from itertools import count
+from functools import partial
+from itertools import count, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,73 +15,34 @@ import torch
 from episodes import plausible
 from episodes.collate import collate
 from episodes.identity import about_episode, of_episode, record
-from episodes.idle import moving_stretches
-from episodes.poses import pose_deltas
-from episodes.prefetch import prefetch
+from episodes.prefetch import in_order, prefetch
+from episodes.rounds import (
+    MAX_ROUND,
+    Place,
+    ReadAhead,
+    rounds_of_epoch,
+    spread_over_episodes,
+)
 from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
 from episodes.tally import OTHER, Tally
+from episodes.windows import clip_span, clip_states_actions, drawn, in_split, usable_starts
+from files import say_once
 
 
-FILES_PER_WINDOW = 16       # files whose clips are shuffled together
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
 PATIENCE = 10               # s that a run which is to stop waits for a batch
+START = Place()._asdict() | {"index": 0, "count": 0}        # see `Clips.state`
 
 
-# From an episode to clips
+class Clip(NamedTuple):
+    """Not decoded yet."""
+    episode: Episode        # without images
+    start: int              # its first recorded frame
+    gathered: object        # as from EpisodeSource.gather
+    states: np.ndarray      # [T, 7] float32
+    actions: np.ndarray     # [T, 7] float32
+    n_bytes: int            # of memory that `gathered` takes
 
-def in_split(name, split, data):
-    """Whether an episode is in "train" or "val". Its name alone decides, so that no run, machine
-    or added episode moves it: by data.val_episodes, or else by its hash."""
-    if data.val_episodes:
-        return (name in data.val_episodes) == (split == "val")
-    return (zlib.crc32(name.encode()) / 2 ** 32 < data.val_fraction) == (split == "val")
-
-
-def clip_span(data):
-    """Recorded frames from a clip's first frame to its last, both counted."""
-    return (data.clip_frames - 1) * data.frame_step + 1
-
-
-def clip_starts(stretches, data):
-    """First recorded frames of all clips inside the stretches: int64 [K]."""
-    step = data.frame_step
-    starts = []
-    for begin, end in stretches:
-        # On the grid of frame_step, since stored latents hold no other frames.
-        first = -(-begin // step) * step
-        starts += range(first, end - clip_span(data) + 1, data.clip_stride * step)
-    return np.array(starts, np.int64)
-
-
-def clip_states_actions(poses, starts, data):
-    """poses [n, 7], starts [K] -> states [K, T, 7], actions [K, T, 7], both float32."""
-    frames = starts[:, None] + np.arange(data.clip_frames + 1) * data.frame_step    # [K, T+1]
-    states = poses[np.minimum(frames, len(poses) - 1)]                  # [K, T+1, 7]
-    # Actions come from the observed poses, not from the recorded commands, as when the released
-    # weights were trained: the arm lags behind its commands, and the frames show where it was.
-    actions = pose_deltas(states)                                       # [K, T, 7]
-    actions[frames[:, -1] >= len(poses), -1] = 0        # the episode ends before that frame
-    return states[:, :-1].astype(np.float32), actions.astype(np.float32)
-
-
-def usable_starts(episode, data):
-    """What becomes of an episode of this split, and the first recorded frames of its clips:
-    ("used", starts [K]), (why it has none, []), or a DamagedEpisode and []."""
-    none = np.zeros(0, np.int64)
-    if data.only_success and not episode.success:
-        return "without /success/", none
-    fault = plausible.fault(episode, data)
-    if fault:
-        return DamagedEpisode(episode.location, fault, episode.name), none
-    starts = clip_starts([(0, len(episode.poses))], data)
-    if not len(starts):
-        return "too short", none
-    if data.drop_idle:
-        starts = clip_starts(moving_stretches(episode.joint_velocity), data)
-    return ("used" if len(starts) else "too idle"), starts
-
-
-# The order of clips
 
 class Clips:
     """Batches of clips from an EpisodeSource, in an order that the seed decides.
@@ -86,23 +50,23 @@ class Clips:
     How a clip travels:
 
         files             in another order each epoch; each rank its own, if there are enough
-          │  FILES_PER_WINDOW of them
-        shuffle window    _read_window
           │  source.episodes
         episodes          damaged, failed and short ones are left out, and counted in `tally`
           │  _episode_clips, source.gather
         clips             not decoded yet: JPEG bytes, or a view of the stored latents
-          │
-        shuffle buffer    data.shuffle_buffer clips; for each that enters, one leaves at random
-          │  _decoded_clips, source.decode
-        decoded clips     of these, each rank takes its share, if the files are few
-          │  _batches, collate
+          │  episodes/rounds.py, in a thread of its own
+        round             data.shuffle_buffer clips, shuffled; the next one is read meanwhile
+          │  _own_clips
+        clips             of these each rank takes its share, if the files are few
+          │  _decoded_clips, source.decode, in several threads
         batch             {"frames" or "h", "states", "actions"}
 
     Without `shuffle` files and clips come in their own order, and one pass ends the iteration.
     Reading raises ConnectionLost when a bucket does not answer for data.retry_minutes."""
 
-    def __init__(self, source, cfg, split, shuffle, rank=0, world_size=1):
+    def __init__(self, source, cfg, split, shuffle, rank=0, world_size=1, n=0):
+        """n: the clips that are wanted of a pass without `shuffle`, spread over the episodes; 0:
+        all of them, in their order."""
         # The source's settings are those of cfg.data, with the frame_step that follows from its
         # rate; of several data sets, each episode brings those of its own.
         self.cfg, self.source, self.seed = cfg, source, cfg.seed
@@ -115,16 +79,16 @@ class Clips:
         self.files, self.offset, self.every = source.files, rank, world_size
         if len(source.files) >= 8 * world_size:
             self.files, self.offset, self.every = source.files[rank::world_size], 0, 1
-        self.n_windows = -(-len(self.files) // FILES_PER_WINDOW)        # in an epoch
+        self.n = n * self.every
         self.tally = Tally(cfg.data, split)
         self.names = []             # of the last batch: "episode @ first recorded frame (location)"
         self.seen = {}              # {identity: record} of the episodes of all batches so far; None
                                     # where those of the adapter from which it began are not known
         # Whether the run is to stop: a function that is asked while batches are waited for.
         self.leave = bool
-        # The next clip. round: its shuffle window, counted on over all epochs; index: its place in
-        # there; count: its number in the run. Checkpoints hold these names.
-        self.state = {"round": 0, "index": 0, "count": 0}
+        # The next clip: the Place of its round, its index in there, its number in the run.
+        # Checkpoints hold these names.
+        self.state = START
 
     def state_dict(self):
         """Where the order stands after the last batch handed out."""
@@ -132,19 +96,25 @@ class Clips:
 
     def load_state_dict(self, state):
         """Goes on from there: the same seed and settings give the same clips."""
-        self.state = {key: state[key] for key in ("round", "index", "count")}
+        if "epoch" not in state:
+            # Versions before counted windows of 16 files over all epochs.
+            epoch = state["round"] // max(1, -(-len(self.files) // 16))
+            state = {"epoch": epoch, "count": state["count"]}
+            say_once("the order of clips is another one since this run was saved: it goes on at "
+                     f"the beginning of epoch {epoch}")
+        self.state = {key: state.get(key, 0) for key in START}
 
     def __iter__(self):
         """Batches, prefetched by a thread: frames [B, 3, T, S, S] uint8 or h [B, T, N, D], states
         and actions [B, T, 7] float32."""
         if not self.shuffle:
-            self.state = {"round": 0, "index": 0, "count": 0}
+            self.state = START
         batches = prefetch(self._batches(), BATCHES_AHEAD, self._while_waiting)
         for batch, state, self.names, episodes in batches:
             self.state = state
             if self.seen is not None:
                 self.seen |= episodes
-            yield collate(batch, self.pin_memory)
+            yield batch
 
     def _while_waiting(self, seconds):
         reason = waiting_for_data()
@@ -155,106 +125,113 @@ class Clips:
         """One pass over the clips of a loader without `shuffle`, one by one: as in a batch, without
         B, and with the name of the `episode`."""
         last = None
-        for _, clip, episode, _ in self._decoded_clips({"round": 0, "index": 0, "count": 0}):
-            if episode is not last:
-                last, about = episode, about_episode(episode)
-            clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-            yield clip | about | {"frame_step": (episode.data or self.data).frame_step}
+        with closing(self._decoded_clips(START)) as decoded:
+            for _, clip, episode, _ in decoded:
+                if episode is not last:
+                    last, about = episode, about_episode(episode)
+                clip = {key: torch.as_tensor(value) for key, value in clip.items()}
+                yield clip | about | {"frame_step": (episode.data or self.data).frame_step}
 
     def _batches(self):
-        """Yields (list of clips, the state after them, their names, {identity: record})."""
+        """Yields (batch, the state after it, names of its clips, {identity: record})."""
         batch, names, episodes, records = [], [], {}, {}
-        for state, clip, episode, start in self._decoded_clips(self.state):
-            batch.append(clip)
-            names.append(f"{episode.name} @ {start} ({episode.location})")
-            identity = of_episode(episode)
-            # once for each episode: that takes milliseconds
-            episodes[identity] = records[identity] = records.get(identity) or record(episode)
-            if len(batch) == self.batch_size:
-                yield batch, state, names, episodes
-                batch, names, episodes = [], [], {}
-        if batch:
-            yield batch, state, names, episodes
+        with closing(self._decoded_clips(self.state)) as decoded:
+            for state, clip, episode, start in decoded:
+                batch.append(clip)
+                names.append(f"{episode.name} @ {start} ({episode.location})")
+                identity = of_episode(episode)
+                # once for each episode: that takes milliseconds
+                episodes[identity] = records[identity] = records.get(identity) or record(episode)
+                if len(batch) == self.batch_size:
+                    yield collate(batch, self.pin_memory), state, names, episodes
+                    batch, names, episodes = [], [], {}
+            if batch:
+                yield collate(batch, self.pin_memory), state, names, episodes
 
     def _decoded_clips(self, state):
         """This rank's clips from a state on: yields (the state after it, clip, Episode without
         images, first recorded frame)."""
-        n_seen = state["count"]
-        for window, index, clip in self._ordered_clips(state["round"], state["index"]):
-            n_seen += 1
-            if (n_seen - 1) % self.every != self.offset:
-                continue
-            episode, start, gathered, states, actions = clip
-            try:
-                images = self.source.decode(gathered)
-                fault = self.data.check and self.source.key == "frames" and (
-                    plausible.frame_fault(images))
-                if fault:
-                    raise ValueError(fault)
-            except ValueError as error:
-                self.tally.leave_out(DamagedEpisode(episode.location, str(error), episode.name))
-                continue
-            after = {"round": window, "index": index + 1, "count": n_seen}
-            clip = {self.source.key: images, "states": states, "actions": actions}
-            yield after, clip, episode, start
+        with closing(in_order(self._decode, self._own_clips(state))) as decoded:
+            for (after, clip), images in decoded:
+                episode = clip.episode
+                try:
+                    images = images.result()
+                except ValueError as error:
+                    self.tally.leave_out(
+                        DamagedEpisode(episode.location, str(error), episode.name))
+                    continue
+                values = {self.source.key: images, "states": clip.states, "actions": clip.actions}
+                yield after, values, episode, clip.start
 
-    def _ordered_clips(self, first_window, first_index):
-        """Clips of all ranks from there on: yields (window, index in the window, clip)."""
-        windows = count(first_window) if self.shuffle else range(first_window, self.n_windows)
-        for window in windows:
-            if window >= first_window + self.n_windows:             # an epoch is over
+    def _decode(self, item):
+        _, clip = item
+        images = self.source.decode(clip.gathered)
+        if self.data.check and self.source.key == "frames":
+            fault = plausible.frame_fault(images, clip.states)
+            if fault:
+                raise ValueError(fault)
+        return images
+
+    def _own_clips(self, state):
+        """This rank's clips from a state on, not decoded: yields (the state after it, Clip)."""
+        first, n_seen = state["index"], state["count"]
+        ahead = ReadAhead(self.data.read_ahead_mb * 1e6)
+        with closing(ahead.rounds(self._rounds(state, ahead))) as rounds:
+            for place, clips in rounds:
+                for index, clip in enumerate(clips[first:], start=first + 1):
+                    n_seen += 1
+                    if (n_seen - 1) % self.every == self.offset:
+                        yield place._asdict() | {"index": index, "count": n_seen}, clip
+                first = 0
+
+    def _rounds(self, state, ahead):
+        """Yields (Place, Clips of all ranks in their order) from the round of a state on."""
+        clips_of = partial(self._clips_of_file, ahead)
+        clip_bytes = getattr(self.source, "clip_bytes", 0)
+        size = min(self.data.shuffle_buffer, MAX_ROUND // max(1, clip_bytes) or 1)
+        if self.n:
+            yield Place(), spread_over_episodes(self.files, clips_of, self.n)
+            return self.tally.check()
+        begin = Place(*(state[key] for key in Place._fields))
+        for epoch in count(begin.epoch) if self.shuffle else [0]:
+            place = begin if epoch == begin.epoch else Place(epoch)
+            yield from rounds_of_epoch(self.files, clips_of, self.seed, size, self.shuffle, place)
+            if place == Place(epoch):
                 self.tally.check(at_end=True)
                 # Without a usable episode: the next ones would be the same, for ever.
-                if "used" not in self.tally.status.values():
+                if self.shuffle and "used" not in self.tally.status.values():
                     raise self.no_clips_error()
-            for index, clip in enumerate(self._read_window(window)):
-                if window > first_window or index >= first_index:
-                    yield window, index, clip
-        self.tally.check(at_end=first_window == first_index == 0)
 
-    def _read_window(self, window):
-        """The clips of one shuffle window, counted on over all epochs, in their order.
+    def _clips_of_file(self, ahead, file, epoch, n_skipped):
+        """Yields a list of Clips for each episode of a file but the first n."""
+        for episode in islice(self.source.episodes(file), n_skipped, None):
+            clips = []
+            if isinstance(episode, Episode):
+                for clip in self._episode_clips(episode, epoch):
+                    ahead.add(clip.n_bytes)
+                    clips.append(clip)
+            else:
+                here = not episode.name or in_split(episode.name, self.split, self.data)
+                self.tally.leave_out(episode, here)
+            yield clips
+        self.tally.check()
 
-        Shards can only be read from front to back, so no clip can be drawn at random from all of
-        them. Files that follow each other in the order of the epoch share a window: resuming
-        re-reads one window at most, not the epoch."""
-        epoch, window_in_epoch = divmod(window, self.n_windows)
-        files = self.files
-        if self.shuffle:
-            files = np.random.default_rng([self.seed, epoch]).permutation(files).tolist()
-        first = window_in_epoch * FILES_PER_WINDOW
-        clips = self._clips_of_files(files[first:first + FILES_PER_WINDOW])
-        if self.shuffle:
-            # The 1 sets these numbers apart from those of the files' order.
-            rng = np.random.default_rng([self.seed, window, 1])
-            clips = _shuffled(clips, self.data.shuffle_buffer, rng)
-        yield from clips
-
-    def _clips_of_files(self, files):
-        for file in files:
-            for episode in self.source.episodes(file):
-                if isinstance(episode, Episode):
-                    yield from self._episode_clips(episode)
-                else:
-                    here = not episode.name or in_split(episode.name, self.split, self.data)
-                    self.tally.leave_out(episode, here)
-            self.tally.check()
-
-    def _episode_clips(self, episode):
-        """The clips of one episode, not decoded, if it is in this split and can be used: yields
-        (Episode without images, first recorded frame, gathered images, states [T, 7], actions
-        [T, 7])."""
+    def _episode_clips(self, episode, epoch=0):
+        """Yields the Clips of one episode, if it is in this split and can be used."""
         data, poses = episode.data or self.data, episode.poses
         if not in_split(episode.name, self.split, data):
             return self.tally.add(episode, OTHER)
-        status, starts = usable_starts(episode, data)
+        draw = self.shuffle and data.offsets == "any" and drawn(self.seed, epoch, episode.name)
+        status, starts = usable_starts(episode, data, draw or None)
         if isinstance(status, DamagedEpisode):
             return self.tally.leave_out(status)
         self.tally.add(episode, status)
-        # The shuffle buffer is to hold what was gathered for its clips, not whole episodes.
+        # A round is to hold what was gathered for its clips, not whole episodes.
         about = replace(episode, images=None)
         for start, states, actions in zip(starts, *clip_states_actions(poses, starts, data)):
-            yield about, start, self.source.gather(episode.images, start), states, actions
+            gathered = self.source.gather(episode.images, start)
+            n_bytes = sum(map(len, gathered)) if isinstance(gathered, list) else 0
+            yield Clip(about, start, gathered, states, actions, n_bytes)
 
     def summary(self, n_clips):
         """Lines about the data, before a run that is to see n_clips."""
@@ -270,20 +247,3 @@ class Clips:
     def no_clips_error(self):
         """The error to raise after a pass over the data without a single clip."""
         return self.tally.no_clips_error(clip_span(self.data), self.rank, self.source)
-
-
-def _shuffled(clips, buffer_size, rng):
-    """The clips in a random order: each that comes takes the place of a random one that waits.
-
-    Clips wait as JPEG bytes and are decoded when they leave. 512 clips of 16 frames of 256 × 256
-    pixels would be 1.6 GB."""
-    buffer = []
-    for clip in clips:
-        if len(buffer) < buffer_size:
-            buffer.append(clip)
-            continue
-        i = rng.integers(len(buffer))
-        leaving, buffer[i] = buffer[i], clip
-        yield leaving
-    rng.shuffle(buffer)
-    yield from buffer

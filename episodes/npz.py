@@ -10,6 +10,7 @@ recordings are cut into several files.
 """
 import math
 import os
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -38,10 +39,14 @@ BLOCK = 16 << 20        # bytes of images that are read at a time
 class NpzFiles:
     """An EpisodeSource of .npz files. An episode's `images` is a _LazyFrames."""
     key, one_episode_a_file = "frames", True
+    named = False               # data.keys names nothing here
 
     def __init__(self, files, data, size):
-        """size: of the frames, in pixels. Raises ValueError for data.drop_idle."""
+        """size: of the frames, in pixels. Raises ValueError for data.drop_idle, and if the files
+        are no trajectories."""
+        _check_are_trajectories(files)
         self.files, self.size, self._names = files, size, None
+        self.clip_bytes = data.clip_stride * size ** 2 * 3      # frames that no other clip shares
         self.data = with_rate(data, _usual_fps(files), Path(files[0]).parent)
         if data.drop_idle:
             raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do "
@@ -89,7 +94,7 @@ class NpzFiles:
             images.n = trim(images.shape[0], shape[0], Path(file).name)
             _check_fps(npz, self.data)
             states = npz.read("states").astype(np.float64).reshape(shape)[:images.n]
-            poses = to_poses(states, None, self.data)
+            poses = to_poses(states, None, self.data, self.named)
             return _read_text(npz, "episode"), _read_text(npz, "identity"), poses, images
 
     stat = None
@@ -104,48 +109,54 @@ class NpzFiles:
         return images.read()
 
     def gather(self, images, start):
-        return images, start // self.data.frame_step
+        return images, start
 
     def decode(self, gathered):
-        images, first = gathered
-        clip = images.read()[first:first + self.data.clip_frames]       # [T, S, S, 3]
+        images, start = gathered
+        first, phase = divmod(start, self.data.frame_step)
+        clip = images.read(phase)[first:first + self.data.clip_frames]  # [T, S, S, 3]
         return clip.permute(3, 0, 1, 2)                                 # [3, T, S, S]
 
 
 class _LazyFrames:
     """An episode's frames, read when its first clip is decoded.
 
-    All its clips share them, and they are freed with the last clip in the shuffle buffer: an .npz
-    array can only be read as a whole."""
+    All its clips share them, and they are freed with the last clip of the round: an .npz array can
+    only be read as a whole."""
 
     def __init__(self, file, shape, data, size):
         """shape: of the images, [n, H, W, 3]. Fewer are used if `n` is set to it."""
         self.n = shape[0]
-        self.file, self.shape, self.data, self.size, self.frames = file, shape, data, size, None
+        self.file, self.shape, self.data, self.size = file, shape, data, size
+        self.frames, self.phase = None, 0
+        self.lock = threading.Lock()            # clips are decoded by several threads
 
-    def read(self):
-        """Frames 0, frame_step, … of the episode, cropped: [n, S, S, 3] uint8.
+    def read(self, phase=0):
+        """Frames phase, phase + frame_step, … of the episode, cropped: [n, S, S, 3] uint8. All
+        clips of an epoch have the same phase.
 
         Raises ValueError if the file is broken."""
-        if self.frames is None:
-            try:
-                with open_npz(self.file) as npz:
-                    if _frames_shape(npz, self.data, self.size) != self.shape:
-                        raise ValueError("was replaced while it was read")
-                    self.frames = self._read_cropped(npz)
-            except (ValueError, OSError, KeyError) as error:
-                raise ValueError(str(error).removeprefix(f"{self.file}: ")) from None
-        return self.frames
+        with self.lock:
+            if self.frames is None or self.phase != phase:
+                try:
+                    with open_npz(self.file) as npz:
+                        if _frames_shape(npz, self.data, self.size) != self.shape:
+                            raise ValueError("was replaced while it was read")
+                        self.frames, self.phase = self._read_cropped(npz, phase), phase
+                except (ValueError, OSError, KeyError) as error:
+                    raise ValueError(str(error).removeprefix(f"{self.file}: ")) from None
+            return self.frames
 
-    def _read_cropped(self, npz):
+    def _read_cropped(self, npz, phase):
         """Some images at a time: as they are stored, those of an episode can be gigabytes."""
         step, n_images = self.data.frame_step, max(1, BLOCK // math.prod(self.shape[1:]))
-        n_frames = -(-self.n // step)
+        n_frames = len(range(phase, self.n, step))
         frames = torch.empty(n_frames, self.size, self.size, 3, dtype=torch.uint8)
         n_read = n_kept = 0
         for images in npz.blocks("observations", self.shape, n_images):
-            wanted = images[-n_read % step::step][:n_frames - n_kept]
-            wanted = crop_frames(wanted, self.data.crop, self.size)
+            wanted = images[(phase - n_read) % step::step] if n_read >= phase else (
+                images[phase - n_read::step])
+            wanted = crop_frames(wanted[:n_frames - n_kept], self.data.crop, self.size)
             frames[n_kept:n_kept + len(wanted)] = wanted
             n_read, n_kept = n_read + len(images), n_kept + len(wanted)
         return frames
@@ -157,7 +168,7 @@ def _frames_shape(npz, data, size):
     shape = _without_batch_axis(header.shape, 4)
     if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8:
         raise ValueError(f"observations are {header.dtype} {shown(list(header.shape))}, expected "
-                         "uint8 [n, H, W, 3]")
+                         f"uint8 [n, H, W, 3]{_conversion(npz, header)}")
     check_size(shape[1], shape[2], data.crop, size)
     kept = -(-shape[0] // data.frame_step) * size * size * 3
     n_bytes = header.nbytes
@@ -170,6 +181,71 @@ def _frames_shape(npz, data, size):
         raise ValueError(f"{header.nbytes:,} bytes of observations in column-major (Fortran) "
                          "order; store np.ascontiguousarray(observations)")
     return shape
+
+
+def _conversion(npz, header):
+    """The expression that turns images of another kind into uint8 [n, H, W, 3], as the end of a
+    message, or ""."""
+    array, shape = "observations", header.shape
+    if len(shape) in (4, 5) and shape[0] == 1 and (len(shape) == 5 or shape[-1] > 4):
+        array, shape = f"{array}[0]", shape[1:]                 # a batch axis
+    if len(shape) == 5 and (3 in shape[2:]):
+        return f": one camera a file, such as {array}[:, 0]?"
+    if len(shape) == 3 and shape[2] not in (3, 4):
+        array, shape = f"{array}[..., None]", (*shape, 1)       # grey
+    if len(shape) == 4 and shape[3] not in (1, 3, 4) and shape[1] in (1, 3, 4):
+        array, shape = f"{array}.transpose(0, 2, 3, 1)", (shape[0], *shape[2:], shape[1])
+    if len(shape) != 4 or shape[3] not in (1, 3, 4) or header.dtype.kind not in "biuf":
+        return ""
+    if shape[3] == 4:
+        array = f"{array}[..., :3]"
+    if shape[3] == 1:
+        array = f"np.repeat({array}, 3, axis=-1)"
+    if header.dtype != np.uint8:
+        low, high = _range_of_first_images(npz, header)
+        if low < 0 and (header.dtype.kind == "f" and low >= -1.01 and high <= 1.01):
+            array = f"(127.5 * ({array} + 1)).round().astype(np.uint8)"
+        elif header.dtype.kind == "b" or header.dtype.kind == "f" and high <= 1.01:
+            array = f"(255 * {array}).round().astype(np.uint8)"
+        elif low >= 0 and high <= 255.5:
+            array = f"{array}{'.round()' * (header.dtype.kind == 'f')}.astype(np.uint8)"
+        elif low >= 0 and high <= 65535:
+            array = f"({array} / 257).round().astype(np.uint8)"
+        else:
+            return f": their values lie in {low:.3g} to {high:.3g}, and 0 to 255 is expected"
+    return f": store {array}"
+
+
+def _range_of_first_images(npz, header):
+    n = max(1, BLOCK // max(1, header.nbytes // max(1, header.shape[0])))
+    first = next(iter(npz.blocks("observations", header.shape, n)), np.zeros(1))
+    return (float(first.min()), float(first.max())) if first.size else (0.0, 0.0)
+
+
+def _check_are_trajectories(files):
+    """Raises ValueError if none of the first files holds an array of trajectories: others may lie
+    in a folder for another reason."""
+    others = {}
+    for file in files[:8]:
+        try:
+            with open_npz(file) as npz:
+                if {"observations", "states"} & {*npz.names}:
+                    return
+                others[file] = ", ".join(shown(name)[1:-1] for name in npz.names[:5]) or "nothing"
+        except (ValueError, OSError):
+            return                              # damaged: said when it is read
+    folder, (first, names) = Path(files[0]).parent, next(iter(others.items()))
+    beside = sorted(path for pattern in ("*.tfrecord*", "*/*.tfrecord*", "meta/info.json",
+                                         "*/meta/info.json") for path in folder.glob(pattern))
+    where = ""
+    if beside and beside[0].name == "info.json":
+        where = f"; a LeRobot data set is in {beside[0].parents[1]}: give it as --data.path"
+    elif beside:
+        own = beside[0].parent == folder
+        where = f"; TFRecords are in {'it' if own else beside[0].parent}: give --data.path=" + (
+            f"'{folder}/*.tfrecord*'" if own else str(beside[0].parent))
+    raise ValueError(f"{folder}: its .npz files are no trajectories, which hold observations and "
+                     f"states: {Path(first).name} holds {names}{where}")
 
 
 def _without_batch_axis(shape, n_axes):
@@ -192,14 +268,20 @@ def _read_text(npz, key):
 
 
 def _usual_fps(files):
-    """The most common `fps` of the first files that can be read, 0 if none has one."""
-    rates = Counter()
+    """The most common `fps` of the first files that can be read, 0 if none has one. Raises
+    ValueError if no `fps` is a rate."""
+    rates, fault = Counter(), ""
     for file in files[:32]:
         try:
             with open_npz(file) as npz:
-                rates[_read_fps(npz)] += 1
+                try:
+                    rates[_read_fps(npz)] += 1
+                except ValueError as error:
+                    fault = fault or f"{file}: {str(error).removeprefix(f'{file}: ')}"
         except (ValueError, OSError):
             continue
+    if fault and not rates:
+        raise ValueError(fault)
     del rates[0.0]
     return rates.most_common(1)[0][0] if rates else 0.0
 
@@ -209,10 +291,15 @@ def _read_fps(npz):
         return 0.0
     header = npz.header("fps")
     if header.dtype.kind not in "iuf" or math.prod(header.shape) != 1:
-        raise ValueError(f"fps is {header.dtype} {shown(list(header.shape))}, expected one number")
+        is_one = math.prod(header.shape) == 1 and header.nbytes <= MAX_NAME
+        value = shown(npz.read("fps").item()) if is_one else (
+            f"{header.dtype} {shown(list(header.shape))}")
+        raise ValueError(f"fps is {value}, expected one number, the frames in a second: store it "
+                         "as such, such as fps=15.0, or leave it out and give --data.fps")
     fps = float(npz.read("fps").item())
     if not 0 < fps < 1e4:
-        raise ValueError(f"fps is {fps:g}, expected frames in a second")
+        raise ValueError(f"fps is {fps:g}, expected the frames in a second: store them, or leave "
+                         "it out and give --data.fps")
     return fps
 
 

@@ -1,8 +1,11 @@
 """Reading ahead in a thread, for batches of clips and for the frames that latents.py encodes."""
 import atexit
+import os
 import queue
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -53,6 +56,30 @@ def prefetch(items, n, while_waiting=None):
     finally:
         atexit.unregister(end)
         end()
+
+
+def in_order(function, items):
+    """(item, the Future of function(item)) for each item, computed by several threads, and a few
+    items ahead of the caller."""
+    n, waiting = n_threads(), deque()
+    with ThreadPoolExecutor(n) as pool, closing(items):
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(copy_context().run, function, item)))
+                if len(waiting) > 2 * n:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def n_threads():
+    """How many threads decode: the cores that are there for this process, 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(8, max(1, (cores or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)))
 
 
 def in_thread(function, *args):

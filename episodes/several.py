@@ -6,11 +6,12 @@
 `config.data_sets` says which settings each has: `Several` makes one EpisodeSource of theirs, `Mix`
 one order of clips with given shares.
 """
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import count
 
 import config
-from episodes.clips import Clips
+from episodes.clips import START, Clips
 from episodes.source import DamagedEpisode
 
 
@@ -35,6 +36,7 @@ class Several:
 
     def __init__(self, sources):
         self.sources, self.key, self.data = sources, sources[0].key, sources[0].data
+        self.clip_bytes = max(getattr(source, "clip_bytes", 0) for source in sources)
         self.files = [f"{i} {file}" for i, source in enumerate(sources) for file in source.files]
 
     def episodes(self, file):
@@ -77,25 +79,29 @@ class Mix(Clips):
         first = loaders[0]
         super().__init__(first.source, first.cfg, first.split, True, first.rank)
         self.loaders, self.shares = loaders, shares(data)
-        self.state |= {"taken": [0] * len(loaders),
-                       "sets": [loader.state_dict() for loader in loaders]}
+        self.state = START | {"taken": [0] * len(loaders),
+                              "sets": [loader.state_dict() for loader in loaders]}
 
     def load_state_dict(self, state):
         # A run that read other data sets before begins with these.
-        if len(state.get("sets", ())) == len(self.loaders):
-            self.state = dict(state)
+        if len(state.get("sets", ())) != len(self.loaders):
+            return
+        for loader, place in zip(self.loaders, state["sets"]):
+            loader.load_state_dict(place)
+        self.state = state | {"sets": [loader.state_dict() for loader in self.loaders]}
 
     def _decoded_clips(self, state):
         taken, places = list(state["taken"]), list(state["sets"])
-        orders = [loader._decoded_clips(place) for loader, place in zip(self.loaders, places)]
-        for n in count(state["count"] + 1):
-            # The one that is furthest behind its share: every batch has nearly the shares.
-            k = max(range(len(orders)), key=lambda k: self.shares[k] * n - taken[k])
-            places[k], clip, episode, start = next(orders[k])
-            taken[k] += 1
-            after = {"round": 0, "index": 0, "count": n, "taken": list(taken),
-                     "sets": list(places)}
-            yield after, clip, episode, start
+        with ExitStack() as stack:
+            orders = [stack.enter_context(closing(loader._decoded_clips(place)))
+                      for loader, place in zip(self.loaders, places)]
+            for n in count(state["count"] + 1):
+                # The one that is furthest behind its share: every batch has nearly the shares.
+                k = max(range(len(orders)), key=lambda k: self.shares[k] * n - taken[k])
+                places[k], clip, episode, start = next(orders[k])
+                taken[k] += 1
+                after = START | {"count": n, "taken": list(taken), "sets": list(places)}
+                yield after, clip, episode, start
 
     def summary(self, n_clips):
         return [line for loader, share in zip(self.loaders, self.shares)

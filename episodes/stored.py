@@ -12,6 +12,7 @@ import model
 from config import DataConfig
 from episodes.identity import has_changed
 from episodes.source import DamagedEpisode, Episode, with_rate
+from episodes.windows import clip_span
 from files import say_once
 from files.reading import check_fields, file_size, read_json, read_npz
 
@@ -38,16 +39,22 @@ def store_settings(cfg, encoder_fingerprint):
 
 
 def _data_settings(data):
-    return {"camera": data.camera, "crop": data.crop, "frame_step": data.frame_step,
+    return {"camera": data.camera, "crop": data.crop, "frame_step": stored_step(data),
             "only_success": data.only_success, "path": data.path, "keys": asdict(data.keys),
             "conversion": _conversion(data)}
+
+
+def stored_step(data):
+    """Recorded frames between two that are stored: all, where clips can begin anywhere."""
+    return 1 if data.offsets == "any" else data.frame_step
 
 
 def _conversion(data):
     """How poses were made from what was recorded, as text."""
     return {"rotation": data.rotation, "position_scale": f"{data.position_scale:g}",
             "pose_slice": data.pose_slice, "gripper.scale": f"{data.gripper.scale:g}",
-            "gripper.invert": str(data.gripper.invert).lower()}
+            "gripper.invert": str(data.gripper.invert).lower(),
+            "gripper.offset": f"{data.gripper.offset:g}"}
 
 
 def differing(store, wanted):
@@ -80,6 +87,12 @@ def check_store(cfg, encoder_fingerprint):
 def _compare(data, store, wanted):
     if not store["only_success"]:
         wanted["only_success"] = False          # it holds failures too, and Clips leaves them out
+    if data.offsets == "any" and store["frame_step"] > 1:
+        raise ValueError(f"{data.latents}: holds every {store['frame_step']}th recorded frame, and "
+                         "--data.offsets=any needs all: store them in another folder with latents"
+                         ".py and --data.offsets=any, or train with --data.offsets=grid")
+    if data.frame_step % store["frame_step"] == 0:
+        wanted["frame_step"] = store["frame_step"]          # the frames of a larger step are there
     if data.drop_idle and not store["drop_idle"]:
         raise ValueError(f"{data.latents}: was made without --data.drop_idle and holds no "
                          "joint velocities; make it again")
@@ -228,7 +241,8 @@ class StoredLatents:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} files are missing, the first "
                 f"is {int(missing[0]):05d}; run latents.py again: it goes on where it stopped")
-        reason = why_empty(self.folder, store["numbers"], self.data.frame_step)
+        self.step = store["frame_step"]         # recorded frames between two that are stored
+        reason = why_empty(self.folder, store["numbers"], self.step)
         if reason:
             raise ValueError(reason)
         self._check_source(store)
@@ -260,7 +274,7 @@ class StoredLatents:
 
     def episodes(self, file):
         """Raises ValueError if the file is cut short; its bytes are checked by latents.py only."""
-        index = read_index(self.folder, int(file), self.data.frame_step)
+        index = read_index(self.folder, int(file), self.step)
         path = self.folder / f"{int(file):05d}.bin"
         if not (self.folder / "store.json").exists():
             raise ValueError(f"{path}: is gone; was the store moved or removed? Give its place now "
@@ -295,9 +309,9 @@ class StoredLatents:
         return h.view(-1, *self.shape)
 
     def gather(self, h, start):
-        # A view of the mapped file, so that the shuffle buffer holds no latents.
-        first = start // self.data.frame_step
-        return h[first:first + self.data.clip_frames]                   # [T, N, D]
+        # A view of the mapped file [T, N, D], so that a round holds no latents.
+        end = start + clip_span(self.data)
+        return h[start // self.step:-(-end // self.step):self.data.frame_step // self.step]
 
     def decode(self, gathered):
         if not all_finite(gathered):

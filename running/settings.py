@@ -19,13 +19,15 @@ MAY_CHANGE = {
     "grad_clip", "log_every", "val_every", "val_batches", "save_every", "keep", "milestones",
     "activation_checkpointing", "compile", "gcs_dir", "gcs_minutes", "tensorboard",
     "wandb", "dist_timeout_minutes", "data.retry_minutes", "data.max_bad_share",
+    "data.read_ahead_mb", "data.cache", "data.cache_gb",
     # The base is known by its fingerprint, wherever its file lies: lora.load compares it.
     "model.checkpoint",
     # Compared as clips a step.
     "batch_size", "grad_accum"}
 # Neither trained with nor to be found in a checkpoint, so that equal runs have equal bytes.
 NOT_KEPT = ON_EACH_START | {"gcs_dir", "gcs_minutes", "tensorboard", "wandb",
-                            "dist_timeout_minutes", "data.retry_minutes"}
+                            "dist_timeout_minutes", "data.retry_minutes", "data.read_ahead_mb",
+                            "data.cache", "data.cache_gb"}
 OF_THE_SCHEDULE = {"max_steps", "schedule", "lr", "min_lr", "warmup_steps", "decay_steps"}
 
 

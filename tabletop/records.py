@@ -15,8 +15,8 @@ def write_rlds(folder, episodes, n_shards):
     """Writes TFRecord shards, one record per episode.
 
     episodes: dicts of "states" [n, 7] (x y z in m, extrinsic xyz Euler angles in rad, gripper),
-    "frames" {camera: uint8 [n, H, W, 3]} and "file_path", a unique name with /success/ or /failure/
-    in it. Raises ValueError without TensorFlow."""
+    "frames" {camera: uint8 [n, H, W, 3] or the bytes of n JPEGs} and "file_path", a unique name
+    with /success/ or /failure/ in it. Raises ValueError without TensorFlow."""
     tf = droid.tensorflow()
     Path(folder).mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(episodes), desc=Path(folder).name, unit="episode", disable=None)
@@ -52,8 +52,9 @@ def _droid_fields(tf, episode):
     last = np.arange(n) == n - 1
     fields = {}
     for camera, frames in episode["frames"].items():
-        fields[f"steps/observation/{camera}"] = [tf.io.encode_jpeg(frame, quality=95).numpy()
-                                                 for frame in frames]
+        fields[f"steps/observation/{camera}"] = [
+            frame if isinstance(frame, bytes) else tf.io.encode_jpeg(frame, quality=95).numpy()
+            for frame in frames]
     for prefix, pose in (("observation", states), ("action_dict", commands)):
         fields[f"steps/{prefix}/cartesian_position"] = pose[:, :6]
         fields[f"steps/{prefix}/gripper_position"] = pose[:, 6]

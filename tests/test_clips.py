@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 import config
 import droid
-from episodes import clips, crops, plausible
+from episodes import clips, crops, plausible, windows
 from episodes.idle import moving_stretches
 from episodes.source import Episode
 from small import (
@@ -45,11 +45,11 @@ def source(request):
 
 def test_windows_and_idle_stretches():
     data = config.DataConfig(frame_step=4, clip_frames=16, clip_stride=8)
-    assert clips.clip_span(data) == 61
-    assert clips.clip_starts([(0, 60)], data).tolist() == []
-    assert clips.clip_starts([(0, 61)], data).tolist() == [0]
-    assert clips.clip_starts([(0, 125)], data).tolist() == [0, 32, 64]
-    assert clips.clip_starts([(3, 70)], data).tolist() == [4]       # on the grid of frame_step
+    assert windows.clip_span(data) == 61
+    assert windows.clip_starts([(0, 60)], data).tolist() == []
+    assert windows.clip_starts([(0, 61)], data).tolist() == [0]
+    assert windows.clip_starts([(0, 125)], data).tolist() == [0, 32, 64]
+    assert windows.clip_starts([(3, 70)], data).tolist() == [4]       # on the grid of frame_step
     velocity = np.cumsum(np.ones((80, 7)), 0)
     velocity[30:40] = velocity[30]                                  # nine steps without a change
     velocity[50:55] = velocity[50]                                  # four: too few to be idle
@@ -128,63 +128,6 @@ def test_train_and_val_share_no_episode_and_miss_none(source):
     loaders = [droid.create_dataloader(cfg, split, shuffle=False) for split in ("train", "val")]
     train, val = ({name for name, _ in which(take(loader, 1000))} for loader in loaders)
     assert train and val and not train & val and train | val == set(names)
-
-
-# Their order
-
-def test_an_epoch_holds_every_clip_once_in_an_order_that_the_seed_decides(source):
-    folder, names = source
-    n = len(all_clips(names))
-    orders = [which(take(droid.create_dataloader(data_recipe(folder, f"--seed={seed}")), 2 * n))
-              for seed in (0, 0, 1)]
-    assert sorted(orders[0][:n]) == sorted(orders[0][n:]) == all_clips(names)
-    assert orders[0] == orders[1] and orders[0] != orders[2]
-    assert orders[0][:n] != orders[0][n:] != sorted(orders[0][n:])
-
-
-@pytest.mark.parametrize("stop", [1, 5, 13])
-def test_resuming_gives_the_clips_that_would_have_followed(source, stop, monkeypatch):
-    """Also across windows and epochs: 13 batches of 3 are more than one epoch of 28 or 33 clips."""
-    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 1)
-    cfg = data_recipe(source[0], "--batch_size=3")
-    loader = droid.create_dataloader(cfg)
-    batches = iter(loader)
-    for _ in range(stop):
-        next(batches)
-    state = loader.state_dict()
-    following = [next(batches) for _ in range(4)]
-    fresh = droid.create_dataloader(cfg)
-    fresh.load_state_dict(state)
-    for expected, batch in zip(following, fresh):
-        assert all(torch.equal(expected[key], batch[key]) for key in expected)
-
-
-def test_ranks_share_no_clip_and_miss_none(source):
-    folder, names = source
-    cfg = data_recipe(folder)
-    source = droid.open_source(cfg)
-    for world_size in (2, 3):
-        loaders = [clips.Clips(source, cfg, "train", False, rank, world_size)
-                   for rank in range(world_size)]
-        shares = [which(take(loader, 1000)) for loader in loaders]
-        assert sorted(sum(shares, [])) == all_clips(names)
-
-
-@pytest.mark.parametrize("seed, rank, world_size, order", [
-    (0, 0, 1, "c12 c4 c0 e0 c16 c8 e16 e20 b12 b0 b8 b16 b24 b20"),
-    (5, 0, 1, "e12 e8 e20 e4 e16 d0 d12 d4 c0 c12 a0 a4 c4 c16"),
-    (5, 1, 2, "e8 e4 d0 d4 d8 d24 e0 b16 a4 a8 a20 d16 d0 a16"),
-])
-def test_the_order_is_that_of_earlier_versions(npz, monkeypatch, seed, rank, world_size, order):
-    """Clips 0 to 7 and 34 to 39: or old checkpoints would resume with other clips than would have
-    followed."""
-    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 2)
-    cfg = data_recipe(npz, f"--seed={seed}", "--data.shuffle_buffer=4")
-    loader = clips.Clips(droid.open_source(cfg), cfg, "train", True, rank, world_size)
-    seen = [f"{name}{start}" for name, start in which(take(loader, 40))]
-    assert seen[:8] + seen[34:] == order.split()
-    assert loader.state_dict() == {
-        "round": 3 * world_size, "index": 6 * world_size, "count": 40 * world_size}
 
 
 # Names, and why there are none

@@ -35,7 +35,8 @@ def set_faults(*rules):
     os.replace(Path(sys.argv[2], "faults"), Path(sys.argv[2], "faults.json"))
 
 def read(path, *faults):
-    loader = droid.create_dataloader(data_recipe(path, "--batch_size=6"))
+    cfg = data_recipe(path, "--batch_size=6", "--data.cache=off")
+    loader = droid.create_dataloader(cfg)
     set_faults(*faults)
     return list(islice(loader, 6))          # more than one epoch
 
@@ -57,11 +58,12 @@ compare(mode="stall", after=40_000, match=data, times=1)
 
 for wrong in (f"{url}/absent", "gs://no-such-bucket/x"):
     try:
-        droid.create_dataloader(data_recipe(wrong))
+        droid.create_dataloader(data_recipe(wrong, "--data.cache=off"))
     except ValueError as error:
         print(error)
 for rule in (dict(mode="status", code=403), dict(mode="status", code=503)):
-    loader = droid.create_dataloader(data_recipe(url, "--data.retry_minutes=0.03"))
+    loader = droid.create_dataloader(data_recipe(url, "--data.retry_minutes=0.03",
+                                                "--data.cache=off"))
     set_faults(rule)
     begin = time.monotonic()
     try:
@@ -85,3 +87,43 @@ def test_records_are_streamed_from_a_bucket_and_through_faults(bucket, tmp_path)
     assert "access denied (HTTP response code 403)" in denied
     assert "has not answered for 2 s (HTTP response code 503)" in lost
     assert err.count("does not answer") == err.count("answers again") + 1 >= 6
+
+
+KEPT = """
+import os, sys, torch, droid
+from episodes import clips
+from small import data_recipe
+
+folder, tf, url = sys.argv[1], droid.tensorflow(), "gs://gresearch/kept/1.0.0"
+if not tf.io.gfile.exists(url):
+    for name in os.listdir(folder):
+        tf.io.gfile.copy(f"{folder}/{name}", f"{url}/{name}")
+local, kept = [data_recipe(path, "--data.offsets=any") for path in (folder, url)]
+os.chdir(sys.argv[2])
+orders = []
+for cfg in (local, kept):
+    orders.append(droid.create_dataloader(cfg)._decoded_clips(clips.START))
+n = 0
+for a, b in zip(*orders):
+    if a[0]["epoch"] == 20:
+        break
+    assert a[0] == b[0] and torch.equal(a[1]["frames"], b[1]["frames"])
+    n += 1
+print(n, "equal")
+"""
+
+
+def test_each_shard_is_fetched_once_in_twenty_epochs_and_two_runs(bucket, tmp_path, monkeypatch):
+    """By default, into cache/ of the folder where it is started."""
+    tabletop.write_rlds(tmp_path / "data", [episode(name) for name in "abcd"], n_shards=2)
+    bucket.env |= {"GCS_RETRY_CONFIG_MAX_RETRIES": "0", "GCS_REQUEST_IDLE_TIMEOUT_SECS": "1"}
+    log = bucket.folder / "requests.log"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    for _ in range(2):
+        out, err = bucket.run(KEPT, tmp_path / "data", tmp_path)
+        assert int(out.split()[0]) > 20 * 20 and "does not answer" not in err
+    asked = log.read_text().splitlines()[before:]
+    for shard in ("00000-of-00002", "00001-of-00002"):
+        reads = [line for line in asked if shard in line and " GET /gresearch/" in line]
+        assert len(reads) == 1, reads
+    assert len(list((tmp_path / "cache").glob("kept/*/*.npz"))) == 2

@@ -52,6 +52,57 @@ def test_a_bad_one_is_left_out_counted_and_named(npz, tmp_path, capsys, arrays, 
         next(iter(droid.create_dataloader(cfg)))
 
 
+@pytest.mark.parametrize("fps, says", [
+    ("15", "fps is '15', expected one number, the frames in a second"),
+    (0, "fps is 0, expected the frames in a second"), (-3.0, "fps is -3, expected the frames"),
+    (np.nan, "fps is nan"), (np.full(30, 15), "fps is int64 [30], expected one number"),
+    (b"15 Hz", "fps is b'15 Hz'"), (True, "fps is True")])
+@pytest.mark.parametrize("args", [[], ["--data.step_seconds=0.2"]])
+def test_a_rate_that_is_none_is_named_as_such(tmp_path, capsys, fps, says, args):
+    for i in range(3):
+        np.savez(tmp_path / f"e{i}.npz", observations=FRAMES, states=np.zeros((30, 7)), fps=fps)
+    with pytest.raises(ValueError) as error:
+        droid.open_source(data_recipe(tmp_path, *args))
+    assert str(error.value).startswith(f"{tmp_path}/e0.npz: {says}")
+    assert "give --data.fps" in str(error.value) and not capsys.readouterr().err
+    # one among others
+    for i in range(2):
+        np.savez(tmp_path / f"e{i}.npz", observations=FRAMES, states=np.zeros((30, 7)), fps=15)
+    source = droid._open(data_recipe(tmp_path, *args))
+    assert source.data.fps == 15
+    assert says in next(source.episodes(source.files[2])).reason
+
+
+@pytest.mark.parametrize("beside, says", [
+    ([], "poses.npz holds poses_0, rate"),
+    (["1.0.0/x-train.tfrecord-00000-of-00002"], "are in {0}/1.0.0: give --data.path={0}/1.0.0"),
+    (["x-train.tfrecord-00000-of-00001"], "are in it: give --data.path='{0}/*.tfrecord*'"),
+    (["robot/meta/info.json"], "a LeRobot data set is in {0}/robot: give it as --data.path"),
+])
+def test_files_that_are_no_trajectories_are_not_taken_for_some(tmp_path, beside, says):
+    for name in beside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    np.savez(tmp_path / "poses.npz", poses_0=np.zeros((9, 7)), rate=5)
+    with pytest.raises(ValueError) as error:
+        droid.open_source(data_recipe(tmp_path))
+    assert "its .npz files are no trajectories, which hold observations and" in str(error.value)
+    assert says.format(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    # one such file among trajectories is named, as others that are wrong
+    np.savez(tmp_path / "zz.npz", observations=FRAMES, states=np.zeros((30, 7)))
+    source = droid._open(data_recipe(tmp_path))
+    assert "has no array 'observations', only poses_0, rate" in (
+        next(source.episodes(source.files[0])).reason)
+
+
+def test_the_folder_of_the_real_episodes():
+    folder = SHARED / "data/droid_real"
+    if not folder.exists():
+        pytest.skip("the real episodes are not here")
+    with pytest.raises(ValueError, match="15hz.npz holds .*; TFRecords are in .*/1.0.0: give"):
+        droid.open_source(data_recipe(folder))
+
+
 def test_images_damaged_inside_are_found_when_read(npz, tmp_path, capsys):
     for name in "ab":
         (tmp_path / f"ep_{name}.npz").write_bytes((npz / f"ep_{name}.npz").read_bytes())

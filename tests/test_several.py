@@ -12,9 +12,10 @@ import config
 import droid
 import latents
 import tabletop
-from episodes import clips
+from episodes import clips, rounds
 from episodes.npz import name_by_states
 from episodes.several import Mix, labels, shares
+from episodes.windows import in_split
 from small import data_recipe, recipe
 
 
@@ -98,7 +99,7 @@ def both(data, *args):
 @pytest.mark.parametrize("world_size, cameras, copies", [
     (1, "wrist_image_left", 1), (2, "wrist_image_left", 1), (3, f"[{','.join(CAMERAS)}]", 2)])
 def test_every_window_once_an_epoch_for_all_ranks(data, monkeypatch, world_size, cameras, copies):
-    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 4)
+    monkeypatch.setattr(rounds, "FIRST_ROUND", 8)
     # .npz has one camera: two data sets of the same episodes
     cfg = both(data, f"--data.camera={cameras}", "--batch_size=1")
     source = droid.open_source(cfg)
@@ -118,7 +119,7 @@ def test_every_window_once_an_epoch_for_all_ranks(data, monkeypatch, world_size,
 def an_epoch(loader):
     """The clips of the first epoch of a shuffled loader."""
     for state, clip, _, _ in loader._decoded_clips(loader.state):
-        if state["round"] >= loader.n_windows:
+        if state["epoch"]:
             return
         yield from which({"states": torch.as_tensor(clip["states"])[None]})
 
@@ -203,7 +204,7 @@ def test_loaders_for_validation_tell_the_sets_apart(data):
 @pytest.mark.parametrize("args", [[],
                                   [f"--data.camera=[{','.join(CAMERAS)}]", "--data.weights=[2,1]"]])
 def test_resuming_at_any_point_goes_on_exactly(data, monkeypatch, args):
-    monkeypatch.setattr(clips, "FILES_PER_WINDOW", 4)
+    monkeypatch.setattr(rounds, "FIRST_ROUND", 8)
     cfg = both(data, *args, "--data.shuffle_buffer=9")
     loader, batches, states = droid.create_dataloader(cfg), [], []
     for batch, _ in zip(loader, range(24)):
@@ -318,7 +319,7 @@ def test_there_is_a_validation_episode_whatever_the_names_are(tmp_path, kind):
         again = droid.open_source(cfg)
         assert again.data.val_episodes == source.data.val_episodes
         val = {e.name for file in source.files for e in source.episodes(file)
-               if clips.in_split(e.name, "val", source.data)}
+               if in_split(e.name, "val", source.data)}
         assert len(val) == n_val
     assert n_forced > (2 if kind == "npz" else 0)
 

@@ -34,7 +34,7 @@ def test_clips_are_views_of_the_mapped_file(base, tmp_path):
 
 
 @pytest.mark.parametrize("args, other", [
-    (["--data.crop=center"], "crop"), (["--data.frame_step=2"], "frame_step"),
+    (["--data.crop=center"], "crop"),
     (["--data.camera=exterior_image_1_left"], "camera"),
     (["--data.only_success=false"], "only_success"),
 ])
@@ -77,7 +77,7 @@ def test_the_data_loader_alone_refuses_other_settings_too(base, tmp_path):
     """In a notebook nobody calls check_store: frames of another rate would be silently wrong."""
     store = f"--data.latents={tmp_path}/store"
     latents.encode(recipe(base, tmp_path, store))
-    for arg, other in (("--data.frame_step=2", "frame_step"), ("--data.crop=center", "crop"),
+    for arg, other in (("--data.crop=center", "crop"),
                        ("--data.only_success=false", "only_success"),
                        ("--data.keys.pose=steps/action", "keys.pose")):
         with pytest.raises(ValueError, match=f"made with another {other} "):

@@ -1,0 +1,122 @@
+"""The order of clips: which are shuffled together, and how the next ones are read meanwhile.
+
+Shards can only be read from front to back, so no clip can be drawn at random from all of them. An
+epoch goes through all files in an order that the seed decides, and is cut into rounds: whole
+episodes, until they have data.shuffle_buffer clips. The clips of a round are shuffled. While they
+are handed out, a thread reads the next round, so that nobody waits at its beginning.
+
+Resuming reads a round again, not the epoch.
+"""
+import threading
+import zlib
+from contextlib import closing
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+
+from episodes.prefetch import prefetch, stop_event
+
+
+# The first rounds of a run are smaller, each twice as large as the one before: the first batch
+# comes after a few episodes.
+FIRST_ROUND = 32
+MAX_ROUND = 640 << 20       # bytes of the frames of a round, where they stay in memory
+
+
+class Place(NamedTuple):
+    """Where a round begins."""
+    epoch: int = 0
+    round: int = 0          # its number in the epoch
+    file: int = 0           # its first file: a place in the order of the epoch's files
+    episode: int = 0        # its first episode in that file
+
+
+def rounds_of_epoch(files, clips_of, seed, size, shuffle, place):
+    """Yields (Place, list of clips in their order) of the rounds of an epoch, from a Place on.
+
+    clips_of(file, epoch, n) -> a list of clips for each episode of a file but the first n. size: of
+    a round, in clips. Without `shuffle` each episode is a round."""
+    if shuffle:
+        files = np.random.default_rng([seed, place.epoch]).permutation(files).tolist()
+    clips, n_skipped = [], place.episode
+    for at in range(place.file, len(files)):
+        for n, some in enumerate(clips_of(files[at], place.epoch, n_skipped), start=n_skipped + 1):
+            clips += some
+            if len(clips) >= _size(place, size, shuffle):
+                yield place, _in_order(clips, seed, place, shuffle)
+                place = Place(place.epoch, place.round + 1, at, n)
+                clips = []
+        n_skipped = 0
+    yield place, _in_order(clips, seed, place, shuffle)
+
+
+def spread_over_episodes(files, clips_of, n):
+    """A list of n clips, or all if there are fewer, from as many episodes as possible: the first
+    clip of each, then the second of each … Nothing is read beyond n episodes.
+
+    The clips of an episode come in a random order, the same one each time."""
+    episodes = []
+    for file in np.random.default_rng(0).permutation(files).tolist():
+        for clips in clips_of(file, 0, 0):
+            if clips:
+                random = np.random.default_rng(zlib.crc32(clips[0].episode.name.encode()))
+                episodes.append([clips[i] for i in random.permutation(len(clips))])
+                # Of many episodes a few clips each are enough, and others need no memory.
+                most = 1
+                while sum(len(some[:most]) for some in episodes) < n and most < n:
+                    most += 1
+                episodes = [some[:most] for some in episodes]
+        if len(episodes) >= n:
+            break
+    clips = [clip for level in zip_longest(*episodes) for clip in level if clip is not None]
+    return clips[:n]
+
+
+def _size(place, size, shuffle):
+    if not shuffle:
+        return 1
+    return size if place.epoch else min(size, FIRST_ROUND << min(place.round, 30))
+
+
+def _in_order(clips, seed, place, shuffle):
+    if not shuffle:
+        return clips
+    # The 1 sets these numbers apart from those of the files' order.
+    random = np.random.default_rng([seed, place.epoch, place.round, 1])
+    return [clips[i] for i in random.permutation(len(clips))]
+
+
+class ReadAhead:
+    """Reads the next round in a thread while the clips of one are handed out.
+
+    Of what is ahead at most `limit` bytes are held, or one clip; the thread reads on then when it
+    is waited for."""
+
+    def __init__(self, limit):
+        self.limit, self.held = limit, 0
+        self.changed, self.wanted = threading.Condition(), False
+
+    def rounds(self, rounds):
+        """The items of a generator like `rounds_of_epoch`, whose clips were counted by `add`."""
+        with closing(prefetch(rounds, 1)) as ready:
+            while True:
+                self._want(True)
+                item = next(ready, None)
+                if item is None:
+                    return
+                self._want(False, sum(clip.n_bytes for clip in item[1]))
+                yield item
+
+    def _want(self, wanted, handed_out=0):
+        with self.changed:
+            self.wanted, self.held = wanted, self.held - handed_out
+            self.changed.notify_all()
+
+    def add(self, n_bytes):
+        """Counts bytes that the thread has read, and keeps it waiting while they are too many."""
+        stop = stop_event.get()
+        with self.changed:
+            self.held += n_bytes
+            while self.held > self.limit and not self.wanted and not stop.is_set():
+                self.changed.wait(0.1)
