@@ -119,8 +119,7 @@ def _open_files(cfg):
         return LeRobotFiles(path, data, size)
     is_folder, names = list_files(path, tf, connection)
     npz = [name for name in names if name.endswith(".npz")]
-    records = any(".tfrecord" in name for name in names)
-    if npz and not tf and (npz == names or is_folder and not records):
+    if npz and not tf and (is_folder or npz == names):
         return NpzFiles(npz, data, size)
     shards = train_shards(path, is_folder, names)
     tf = tensorflow(anonymous)

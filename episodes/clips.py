@@ -30,6 +30,7 @@ from files import say_once
 
 
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
+ENOUGH = 16                 # validation episodes of records, which are read before step 0
 PATIENCE = 10               # s that a run which is to stop waits for a batch
 START = Place()._asdict() | {"index": 0, "count": 0}        # see `Clips.state`
 
@@ -190,7 +191,9 @@ class Clips:
         clip_bytes = getattr(self.source, "clip_bytes", 0)
         size = min(self.data.shuffle_buffer, MAX_ROUND // max(1, clip_bytes) or 1)
         if self.n:
-            yield Place(), spread_over_episodes(self.files, clips_of, self.n)
+            # Of records, one in ten for validation, more would be gigabytes.
+            enough = self.n if getattr(self.source, "one_episode_a_file", False) else ENOUGH
+            yield Place(), spread_over_episodes(self.files, clips_of, self.n, enough)
             return self.tally.check()
         begin = Place(*(state[key] for key in Place._fields))
         for epoch in count(begin.epoch) if self.shuffle else [0]:

@@ -51,9 +51,10 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place):
     yield place, _in_order(clips, seed, place, shuffle)
 
 
-def spread_over_episodes(files, clips_of, n):
+def spread_over_episodes(files, clips_of, n, enough):
     """A list of n clips, or all if there are fewer, from as many episodes as possible: the first
-    clip of each, then the second of each … Nothing is read beyond n episodes.
+    clip of each, then the second of each … No further file is read once there are `enough`
+    episodes, or one for each clip.
 
     The clips of an episode come in a random order, the same one each time."""
     episodes = []
@@ -67,7 +68,7 @@ def spread_over_episodes(files, clips_of, n):
                 while sum(len(some[:most]) for some in episodes) < n and most < n:
                     most += 1
                 episodes = [some[:most] for some in episodes]
-        if len(episodes) >= n:
+        if len(episodes) >= min(n, enough) and sum(map(len, episodes)) >= n:
             break
     clips = [clip for level in zip_longest(*episodes) for clip in level if clip is not None]
     return clips[:n]

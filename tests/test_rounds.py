@@ -159,7 +159,9 @@ def test_validation_is_spread_over_the_episodes(source, n, world_size):
     assert which(take(clips_of(0), 1000)) == shares[0]              # the same ones each time
 
 
-def test_validation_reads_no_more_episodes_than_it_has_clips():
+@pytest.mark.parametrize("n, n_read, n_episodes", [(10, 5, 10), (40, 8, 16), (200, 17, 34)])
+def test_validation_reads_no_more_than_it_needs(n, n_read, n_episodes):
+    """Of two episodes a file, with 6 clips each: 16 episodes are enough if they have n clips."""
     read = []
 
     class Endless:
@@ -177,7 +179,7 @@ def test_validation_reads_no_more_episodes_than_it_has_clips():
             return torch.zeros(3, 4, 8, 8)
 
     cfg = data_recipe("x", "--data.val_fraction=1", "--data.check=false")
-    loader = clips.Clips(Endless(), cfg, "val", False, 0, 1, 10)
+    loader = clips.Clips(Endless(), cfg, "val", False, 0, 1, n)
     seen = [episode.name for _, _, episode, _ in loader._decoded_clips(clips.START)]
-    assert len(read) == 5 and len(set(seen)) == 10
+    assert len(seen) == n and len(read) == n_read and len(set(seen)) == n_episodes
     assert max(map(int, read)) > 20                 # not the first ones of a large data set

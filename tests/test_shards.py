@@ -12,7 +12,7 @@ import tabletop
 from episodes import shards
 from episodes.source import DamagedEpisode, Episode
 from episodes.tally import Tally
-from small import all_clips, data_recipe, episode, flip, take, which
+from small import all_clips, data_recipe, episode, flip, take, which, write_episodes
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,7 @@ def test_folders_may_have_any_name(four, tmp_path, name):
     records, trajectories = tmp_path / "rlds" / name, tmp_path / "npz" / name
     shutil.copytree(four, records)
     trajectories.mkdir(parents=True)
-    for name in ("a.npz", "b.npz"):
-        (trajectories / name).touch()
+    write_episodes(trajectories, n=2, length=70, patches=4, move=0.05)
     cfg = data_recipe("x")
     for folder, pattern in ((records, "*-train.tfrecord-*"), (trajectories, "*.npz")):
         cfg.data.path = str(folder)         # not by YAML, which gives some of them a meaning
