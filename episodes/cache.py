@@ -16,6 +16,7 @@ import re
 import shutil
 import threading
 import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from episodes.retry import is_remote, pause
 from episodes.source import DamagedEpisode, Episode
 from episodes.windows import clip_span
 from files import say_once
-from files.reading import file_size, parse_json, read_npz
+from files.reading import file_size, is_text, parse_json, read_npz
 
 
 # Of each episode of a shard, those that are damaged among them, in JSON, so that names stay as they
@@ -66,7 +67,7 @@ def with_cache(source, n_bytes):
         say_once(f"{error.filename or folder}: cannot be used as a cache ({error.strerror}): each "
                  "epoch reads the records anew; give --data.cache=FOLDER")
         return source
-    missing = [file for file in source.files if f"{os.path.basename(file)}.npz" not in names]
+    missing = [name for name in _names(source.files).values() if f"{name}.npz" not in names]
     need = n_bytes * len(missing) / len(source.files)
     if need > FREE * free:
         say_once(f"{folder}: up to {need / 1e9:.1f} GB would be kept there and {free / 1e9:.1f} GB "
@@ -79,6 +80,14 @@ def _name(path):
     parts = [part for part in re.split(r"[/\\]", str(path))
              if part and not re.fullmatch(r"\d+\.\d+\.\d+|.*[*?\[].*", part)]
     return parts[-1] if parts else "records"
+
+
+def _names(shards):
+    """{shard: its name in a cache}: that of its file, with a number where others have the same."""
+    names = {shard: os.path.basename(shard) for shard in shards}
+    count = Counter(names.values())
+    return {shard: name if count[name] == 1 else f"{name}-{zlib.crc32(shard.encode()):08x}"
+            for shard, name in names.items()}
 
 
 def _settings_hash(source):
@@ -98,9 +107,10 @@ class Cached:
 
     def __init__(self, source, folder):
         self.source, self.folder = source, Path(folder)
-        self.files, self.data = source.files, source.data
+        self.files, self.data, self.names = source.files, source.data, _names(source.files)
         self.broken = ""            # why nothing can be written any more
-        self.known = {}             # {shard: its identity}, asked for once
+        self.spoiled = set()        # shards whose copy is damaged and cannot be made again
+        self.known = {}             # {shard: its identity}, asked for before it is read
         self.lock = threading.Lock()
 
     def __getattr__(self, name):    # size_of, parts, stat, expected …
@@ -109,6 +119,7 @@ class Cached:
     def check(self):
         """As the source does, unless something was read with these keys before."""
         if not any(self._path(file, "npz").exists() for file in self.files[:8]):
+            self._identity(self.files[0])
             self.source.check()
 
     def episodes(self, file):
@@ -149,23 +160,29 @@ class Cached:
     # Reading
 
     def _path(self, file, ending):
-        return self.folder / f"{os.path.basename(file)}.{ending}"
+        return self.folder / f"{self.names[file]}.{ending}"
 
     def _identity(self, file):
-        """Size and time of change of a shard, as they are when it is first used."""
+        """Settings, name, size and time of change of a shard, as they are when it is first used."""
         if file not in self.known:
-            about = self.source.stat(file)
-            self.known[file] = f"{about.length} {about.mtime_nsec}"
+            self.known[file] = self._identity_now(file)
         return self.known[file]
+
+    def _identity_now(self, file):
+        about = self.source.stat(file)
+        return f"{self.folder.name}/{self.names[file]} {about.length} {about.mtime_nsec}"
 
     def _index(self, file):
         """The arrays of a shard that is there, whole and up to date, else None."""
         path = self._path(file, "npz")
-        if not path.exists():
+        if file in self.spoiled:
             return None
         try:
-            index = _whole(read_npz(path, ARRAYS), file_size(self._path(file, "images")))
+            index = _whole(read_npz(path, ARRAYS), file_size(self._path(file, "images")),
+                           self.data.drop_idle)
         except (OSError, ValueError, KeyError):
+            if not path.exists():       # not yet, or another process is making it again
+                return None
             index = None
         if index and index["source"] == self._identity(file):
             return index
@@ -180,14 +197,21 @@ class Cached:
                      f"{images.shard} is read again")
             with self.lock:                         # by one of the threads that decode
                 found = self._read_whole(images, numbers)
-                if found is None:
-                    self._path(images.shard, "npz").unlink(missing_ok=True)
-                    self._fetch(images.shard)
+                if found is None and self._make_again(images.shard):
                     found = self._read_whole(images, numbers)
         if found is None:
             raise ValueError(f"{self._path(images.shard, 'images')}: its images are not those that "
                              "were stored; remove the folder")
         return found
+
+    def _make_again(self, file):
+        """Whether the copy of a shard was made again. Otherwise its source is read from now on."""
+        path = self._path(file, "npz")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        if path.exists() or self._fetch(file) is None:
+            self.spoiled.add(file)
+        return file not in self.spoiled
 
     def _read_whole(self, images, numbers):
         found = []
@@ -207,14 +231,19 @@ class Cached:
 
     def _fetch(self, file):
         """Reads a shard from its source into the cache. Returns its index, or None where that
-        cannot be written. Raises OSError as the source does."""
-        if self.broken:
+        cannot be written, or belongs to a shard that has changed meanwhile. Raises OSError as the
+        source does."""
+        if self.broken or file in self.spoiled:
             return None
         try:
+            with _writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
             with _alone(self._path(file, "lock")):
+                seen, self.known[file] = self.known.get(file), self._identity_now(file)
+                if seen != self.known[file]:        # what was read of it is out of date
+                    self.source.begun.pop(file, None)
                 index = self._index(file)           # another process was first
-                if index is None:
-                    self._write(file)
+                if index is None and self._write(file):
                     index = self._index(file)
             return index
         except _CannotWrite as error:
@@ -224,20 +253,26 @@ class Cached:
             return None
 
     def _write(self, file):
-        """Its images, then what makes them count: the index."""
-        identity, path = self._identity(file), self._path(file, "images")
+        """Its images, then what makes them count: the index. Returns whether it was written."""
+        identity, path = self.known[file], self._path(file, "images")
         temporary = Path(f"{path}.tmp")
         rows = {name: [] for name in ARRAYS}
         try:
+            with _writing():
+                temporary.unlink(missing_ok=True)   # whatever it is: a link, a pipe
             with _writing(), open(temporary, "wb") as out:
                 for episode in _outside(self.source.episodes(file)):
                     _add(rows, episode, out)
                 out.flush()
                 os.fsync(out.fileno())
+            if self._identity_now(file) != identity:
+                say_once(f"{file}: changed while it was read: it is not kept in {self.folder}")
+                return False
             with _writing():
                 self._path(file, "npz").unlink(missing_ok=True)
                 os.replace(temporary, path)
                 files.write_npz(self._path(file, "npz"), **_arrays(rows), source=identity)
+            return True
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -264,7 +299,7 @@ def _arrays(rows):
         for name, dtype in ARRAYS.items() if name in rows and dtype}
 
 
-def _whole(index, size):
+def _whole(index, size, has_joints):
     """The arrays of an index, and its episodes as a list, if they fit each other and `size` bytes
     of images. Raises ValueError."""
     if index.keys() != ARRAYS.keys() or index["source"].ndim or any(
@@ -272,14 +307,18 @@ def _whole(index, size):
             for name, dtype in ARRAYS.items()):
         raise ValueError("other arrays")
     episodes = parse_json(index["episodes"].tobytes(), "episodes", list)
-    n = np.zeros(3, np.int64)
+    n_steps = n_poses = n_joints = 0                    # of any size, as numbers in JSON are
     for one in episodes:
-        if type(one) is not list or tuple(map(type, one)) != FIELDS or min(one[5:]) < 0:
+        if type(one) is not list or tuple(map(type, one)) != FIELDS or (
+                not all(map(is_text, one[:3]))):
             raise ValueError("other episodes")
-        steps, width, J = one[5:]
-        n += steps, steps * width, steps * J
+        _, _, reason, lost, _, steps, width, J = one
+        good = min(steps, width) > 0 and (J > 0 if has_joints else J == 0) and lost == 0
+        if not (lost > 0 and steps == width == J == 0 if reason else good):
+            raise ValueError("other episodes")
+        n_steps, n_poses, n_joints = n_steps + steps, n_poses + steps * width, n_joints + steps * J
     lengths = [len(index[name]) for name in ("sizes", "crcs", "poses", "joint_velocity")]
-    if lengths != [n[0], n[0], n[1], n[2]] or (index["sizes"] < 0).any() or (
+    if lengths != [n_steps, n_steps, n_poses, n_joints] or (index["sizes"] < 0).any() or (
             sum(index["sizes"].tolist()) != size):
         raise ValueError("other lengths")
     return index | {"episodes": episodes, "source": str(index["source"])}
@@ -305,7 +344,9 @@ def _writing():
 
 def _outside(episodes):
     try:
-        yield from episodes
+        for episode in episodes:
+            pause(0)                    # ends here if nobody waits for the shard any more
+            yield episode
     except Exception as error:
         raise _SourceError from error
 

@@ -2,14 +2,11 @@
 import torch
 
 
-def collate(clips, pin_memory):
-    """A batch of clips, with tensors stacked.
+def collate(clips):
+    """A batch of clips, with tensors stacked."""
+    return {key: torch.stack([torch.as_tensor(clip[key]) for clip in clips]) for key in clips[0]}
 
-    pin_memory: in page-locked memory, from which a GPU copies while the next step is prepared."""
-    batch = {}
-    for key in clips[0]:
-        values = [torch.as_tensor(clip[key]) for clip in clips]
-        shape = (len(values), *values[0].shape)
-        whole = torch.empty(shape, dtype=values[0].dtype, pin_memory=pin_memory)
-        batch[key] = torch.stack(values, out=whole)
-    return batch
+
+def pinned(batch):
+    """The batch in page-locked memory, from which a GPU copies while the next step is prepared."""
+    return {key: values.pin_memory() for key, values in batch.items()}
