@@ -22,6 +22,7 @@ import torch
 import config
 import droid
 import tabletop
+from episodes.shards import is_lerobot
 
 
 N_EPISODES, N_SHARDS = 100, 31
@@ -141,8 +142,9 @@ def main(args):
     commands = {"rate": rate, "wait": wait, "resume": resume, "memory": memory}
     if not args or args[0] not in commands:
         raise SystemExit(__doc__)
-    droid.tensorflow()                                  # not part of what is measured
     cfg = config.load(["config.yaml", "--data.path=", *args[1:]])
+    if not is_lerobot(cfg.data.path):
+        droid.tensorflow()                              # importing it is not what is measured
     figures = commands[args[0]](cfg)
     print(json.dumps({key: round(value, 3) if isinstance(value, float) else value
                       for key, value in figures.items()}))
