@@ -144,6 +144,7 @@ class RldsFiles:
         self.tf, self.files, self.data, self.size = tf, files, data, size
         self.expected, self.counts = expected or {}, {}             # counts: of what was read
         self.image_key = data.keys.image.replace("{camera}", data.camera)
+        self.is_streamed = is_remote(files[0])
         self._decode_images = self.tf.function(
             self._images_to_frames, autograph=False,
             input_signature=[self.tf.TensorSpec([None], self.tf.string)])

@@ -103,7 +103,7 @@ def _settings_hash(source):
 
 class Cached:
     """An EpisodeSource of records, each of which is read once."""
-    key, one_episode_a_file = "frames", False
+    key, one_episode_a_file, is_streamed = "frames", False, False
 
     def __init__(self, source, folder):
         self.source, self.folder = source, Path(folder)

@@ -76,9 +76,11 @@ class Clips:
         self.pin_memory = cfg.device != "cpu" and torch.cuda.is_available()
         self.rank = rank
         # With 8 files or more per rank, each rank reads files of its own. Fewer would be shared
-        # out unevenly: then each rank reads all of them and uses every world_size-th clip.
+        # out unevenly: then each rank reads all of them and uses every world_size-th clip; unless
+        # they are streamed anew in each epoch, which one rank is to do, not all.
         self.files, self.offset, self.every = source.files, rank, world_size
-        if len(source.files) >= 8 * world_size:
+        few = 1 if getattr(source, "is_streamed", False) else 8
+        if len(source.files) >= few * world_size:
             self.files, self.offset, self.every = source.files[rank::world_size], 0, 1
         self.n = n * self.every
         self.tally = Tally(cfg.data, split)

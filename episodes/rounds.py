@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from episodes.prefetch import prefetch, stop_event
+from episodes.retry import pause
 
 
 # The first rounds of a run are smaller, each twice as large as the one before: the first batch
@@ -43,6 +44,7 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place):
     for at in range(place.file, len(files)):
         for n, some in enumerate(clips_of(files[at], place.epoch, n_skipped), start=n_skipped + 1):
             clips += some
+            pause(0)                    # ends here if nobody waits for the round any more
             if len(clips) >= _size(place, size, shuffle):
                 yield place, _in_order(clips, seed, place, shuffle)
                 place = Place(place.epoch, place.round + 1, at, n)
@@ -57,17 +59,17 @@ def spread_over_episodes(files, clips_of, n, enough):
     episodes, or one for each clip.
 
     The clips of an episode come in a random order, the same one each time."""
-    episodes = []
+    episodes, most = [], n              # most: clips that are kept of each episode
     for file in np.random.default_rng(0).permutation(files).tolist():
         for clips in clips_of(file, 0, 0):
+            pause(0)
             if clips:
                 random = np.random.default_rng(zlib.crc32(clips[0].episode.name.encode()))
-                episodes.append([clips[i] for i in random.permutation(len(clips))])
+                episodes.append([clips[i] for i in random.permutation(len(clips))[:most]])
                 # Of many episodes a few clips each are enough, and others need no memory.
-                most = 1
-                while sum(len(some[:most]) for some in episodes) < n and most < n:
-                    most += 1
-                episodes = [some[:most] for some in episodes]
+                while most > 1 and sum(min(len(some), most - 1) for some in episodes) >= n:
+                    most -= 1
+                    episodes = [some[:most] for some in episodes]
         if len(episodes) >= min(n, enough) and sum(map(len, episodes)) >= n:
             break
     clips = [clip for level in zip_longest(*episodes) for clip in level if clip is not None]

@@ -59,6 +59,18 @@ def test_many_shards_are_split_by_shard(tmp_path):
     assert sorted(sum(shares, [])) == all_clips()
 
 
+def test_of_records_that_are_streamed_each_rank_reads_its_own(tmp_path):
+    """Four shards are too few for three ranks, but three ranks are not to fetch all of them."""
+    tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=4)
+    cfg = data_recipe(tmp_path)
+    source = droid.open_source(cfg)
+    for streamed, n in ((False, 12), (True, 4)):
+        source.is_streamed = streamed
+        loaders = [Clips(source, cfg, "train", False, rank, 3) for rank in range(3)]
+        assert sum(len(loader.files) for loader in loaders) == n
+        assert sorted(sum([which(take(loader, 1000)) for loader in loaders], [])) == all_clips()
+
+
 def test_leaving_early_ends_the_reading_thread(rlds):
     """A loader that is dropped while it reads, or lives when the program ends, must not hang it."""
     loader, before = droid.create_dataloader(data_recipe(rlds)), threading.active_count()

@@ -75,9 +75,14 @@ def losses(cfg):
 
 # The same as from frames
 
-def test_fifty_steps_from_latents_and_from_frames_have_the_same_losses(cfg, tmp_path):
+def test_fifty_steps_from_latents_cache_and_frames_have_the_same_losses(cfg, tmp_path):
     cfg.max_steps, cfg.val_every, cfg.lora.dropout, cfg.grad_accum = 50, 25, 0.05, 1
     frames = losses(from_frames(cfg))
+    kept = from_frames(cfg)
+    kept.data.cache, kept.out_dir = str(tmp_path / "cache"), str(tmp_path / "kept")
+    if any("tfrecord" in path.name for path in Path(cfg.data.path).iterdir()):
+        assert losses(kept) == frames                       # several epochs: one fills the cache
+        assert list((tmp_path / "cache").glob("*/*.npz"))
     latents.encode(cfg)
     # The data themselves are not needed any more.
     cfg.out_dir, cfg.data.path = str(tmp_path / "second"), "/nowhere"

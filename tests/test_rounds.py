@@ -1,5 +1,8 @@
 """The order of clips: each once an epoch, by the seed, for all ranks; resumed exactly; begun
 anywhere with data.offsets=any; for validation spread over the episodes."""
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +186,41 @@ def test_validation_reads_no_more_than_it_needs(n, n_read, n_episodes):
     seen = [episode.name for _, _, episode, _ in loader._decoded_clips(clips.START)]
     assert len(seen) == n and len(read) == n_read and len(set(seen)) == n_episodes
     assert max(map(int, read)) > 20                 # not the first ones of a large data set
+
+
+def test_validation_of_many_episodes_of_one_clip_is_chosen_quickly():
+    def clips_of(file, epoch, n_skipped):
+        yield [SimpleNamespace(episode=SimpleNamespace(name=file))]
+
+    begin = time.monotonic()
+    found = rounds.spread_over_episodes([str(i) for i in range(600)], clips_of, 512, 512)
+    assert len({clip.episode.name for clip in found}) == 512
+    assert time.monotonic() - begin < 5             # 0.2 s; of quadratic time for each, 50 s
+
+
+@pytest.mark.parametrize("n", [0, 10])
+def test_leaving_ends_the_thread_also_while_no_clip_comes(n):
+    read = []
+
+    class OtherSplit:
+        files, key = [str(i) for i in range(10_000)], "frames"
+
+        def episodes(self, file):
+            time.sleep(0.02)
+            read.append(file)
+            yield Episode(file, f"/success/{file}", np.zeros((30, 7)), "images")
+
+    def leave(seconds):
+        if len(read) > 3:
+            raise KeyboardInterrupt
+
+    cfg = data_recipe("x", "--data.val_fraction=0.5", "--data.clip_frames=400")
+    loader = clips.Clips(OtherSplit(), cfg, "train", not n, 0, 1, n)
+    loader._while_waiting = leave
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(loader))
+    assert time.monotonic() - begin < 4             # after JOIN_SECONDS it would be left behind
+    seen = len(read)
+    time.sleep(0.1)
+    assert len(read) == seen

@@ -1,11 +1,12 @@
 """Damaged data sets of TFRecords: each intact record gives its clips, in order, whatever is damaged
 beside it; each lost one is counted; nothing ends in a trace.
 
-    python tests/stress/bad_shards.py [--n=300] [--seed=0]
+    python tests/stress/bad_shards.py [--n=300] [--seed=0] [--cache=0]
 
 n: data sets of 5 shards and 24 episodes, each with one to four random damages: cuts, flipped bits
 and lengths, zeros, bytes put in or after the last record, empty, missing, renamed and doubled
 shards; half of them with a dataset_info.json, by which the number of lost episodes is exact.
+cache=1: each is read into a data.cache, and then once more from there.
 """
 import json
 import shutil
@@ -33,7 +34,7 @@ def one_episode(i):
     """10 frames: one clip of `data_recipe`, whose first y is i tenths."""
     states = np.zeros((10, 7))
     states[:, 0], states[:, 1] = np.arange(10) / 100, i / 10
-    frames = np.full((10, 8, 8, 3), 9 * i, np.uint8)
+    frames = np.random.default_rng(i).integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
     return {"states": states, "frames": dict.fromkeys(tabletop.CAMERAS, frames),
             "file_path": f"/lab/success/{i}"}
 
@@ -128,9 +129,9 @@ def expected(folder, whole):
     return found
 
 
-def check(folder, whole, exact):
+def check(folder, whole, exact, *args):
     """What is wrong with how a data set is read, or "", and what was said."""
-    cfg = data_recipe(folder, "--data.max_bad_share=1")
+    cfg = data_recipe(folder, "--data.max_bad_share=1", *args)
     wanted, said, begin = expected(folder, whole), StringIO(), time.monotonic()
     shards.say_once.cache_clear()
     with redirect_stderr(said):
@@ -160,7 +161,7 @@ def exact_counts(loader, files):
 
 
 def main():
-    options = common.options(n=300, seed=0)
+    options = common.options(n=300, seed=0, cache=0)
     droid.tensorflow()
     table = Table(("data set", 8), ("damage", 50), ("said", 60))
     with common.temporary_folder() as tmp:
@@ -178,10 +179,14 @@ def main():
             if n % 2:
                 splits = [{"name": "train", "shardLengths": [str(k) for k in lengths]}]
                 Path(folder, "dataset_info.json").write_text(json.dumps({"splits": splits}))
-            fault, said = check(folder, whole, exact=n % 2)
+            args = [f"--data.cache={tmp}/cache"] if options.cache else []
+            fault, said = check(folder, whole, n % 2, *args)
+            if options.cache and not fault:
+                fault, said = check(folder, whole, n % 2, *args)
             last = (said.strip().splitlines() or [""])[-1]
             table.row(n, done, last.replace(str(folder), "…")[:100], fault=fault)
             shutil.rmtree(folder)
+            shutil.rmtree(tmp / "cache", ignore_errors=True)
     table.end("data sets")
 
 
