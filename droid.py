@@ -137,8 +137,7 @@ class RldsFiles:
     key, one_episode_a_file = "frames", False
 
     def __init__(self, tf, files, data, size, expected=None):
-        """size: of the frames, in pixels. expected: {file: episodes it should hold}, as far as
-        known."""
+        """size: of the frames, in pixels. expected: {file: its episodes}, as far as known."""
         # DROID was recorded at 15 Hz; another data set says so with data.fps.
         data = with_rate(data, 0 if data.fps else 15.0, data.path)
         self.tf, self.files, self.data, self.size = tf, files, data, size

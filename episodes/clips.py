@@ -20,13 +20,14 @@ from episodes.rounds import (
     MAX_ROUND,
     Place,
     ReadAhead,
+    bytes_held,
+    in_todays_order,
     rounds_of_epoch,
     spread_over_episodes,
 )
 from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
 from episodes.tally import OTHER, Tally
 from episodes.windows import clip_span, clip_states_actions, drawn, in_split, usable_starts
-from files import say_once
 
 
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
@@ -99,12 +100,7 @@ class Clips:
 
     def load_state_dict(self, state):
         """Goes on from there: the same seed and settings give the same clips."""
-        if "epoch" not in state:
-            # Versions before counted windows of 16 files over all epochs.
-            epoch = state["round"] // max(1, -(-len(self.files) // 16))
-            state = {"epoch": epoch, "count": state["count"]}
-            say_once("the order of clips is another one since this run was saved: it goes on at "
-                     f"the beginning of epoch {epoch}")
+        state = in_todays_order(state, len(self.files))
         self.state = {key: state.get(key, 0) for key in START}
 
     def __iter__(self):
@@ -238,8 +234,7 @@ class Clips:
         about = replace(episode, images=None)
         for start, states, actions in zip(starts, *clip_states_actions(poses, starts, data)):
             gathered = self.source.gather(episode.images, start)
-            n_bytes = sum(map(len, gathered)) if isinstance(gathered, list) else 0
-            yield Clip(about, start, gathered, states, actions, n_bytes)
+            yield Clip(about, start, gathered, states, actions, bytes_held(gathered))
 
     def summary(self, n_clips):
         """Lines about the data, before a run that is to see n_clips."""

@@ -76,10 +76,11 @@ def in_order(function, items):
 
 
 def n_threads():
-    """How many threads decode: the cores that are there for this process, 8 at most."""
+    """How many threads decode: one more than there are cores for this process, since one waits for
+    Python now and then; 8 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return min(8, max(1, (cores or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)))
+    return min(8, 1 + (cores or 1) // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def in_thread(function, *args):

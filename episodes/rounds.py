@@ -17,6 +17,7 @@ import numpy as np
 
 from episodes.prefetch import prefetch, stop_event
 from episodes.retry import pause
+from files import say_once
 
 
 # The first rounds of a run are smaller, each twice as large as the one before: the first batch
@@ -123,3 +124,21 @@ class ReadAhead:
             self.held += n_bytes
             while self.held > self.limit and not self.wanted and not stop.is_set():
                 self.changed.wait(0.1)
+
+
+def bytes_held(gathered):
+    """Of memory, by what EpisodeSource.gather returned: the bytes of JPEGs, in a list."""
+    if isinstance(gathered, tuple):             # of several data sets: with the number of one
+        gathered = gathered[-1]
+    return sum(map(len, gathered)) if isinstance(gathered, list) else 0
+
+
+def in_todays_order(state, n_files):
+    """The state of a loader, also where an earlier version saved it."""
+    if "epoch" in state:
+        return state
+    # They counted windows of 16 files over all epochs.
+    epoch = state["round"] // max(1, -(-n_files // 16))
+    say_once("the order of clips is another one since this run was saved: it goes on at the "
+             f"beginning of epoch {epoch}")
+    return {"epoch": epoch, "count": state["count"]}

@@ -124,6 +124,15 @@ def an_epoch(loader):
         yield from which({"states": torch.as_tensor(clip["states"])[None]})
 
 
+def test_what_is_read_ahead_of_several_sets_is_counted(data):
+    source = droid.open_source(both(data))
+    loader = clips.Clips(source, both(data), "train", True)
+    held = {one.episode.location.split(":")[0]: one.n_bytes
+            for file in source.files for episode in source.episodes(file)
+            for one in loader._episode_clips(episode)}
+    assert held["mine"] == 0 and held["theirs"] > 4 * 200           # .npz; JPEGs
+
+
 def test_frames_and_states_of_each_set_belong_together(data):
     cfg = both(data)
     for clip in droid.create_dataloader(cfg, shuffle=False).clips():
