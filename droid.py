@@ -71,11 +71,10 @@ def create_dataloader(cfg, split="train", shuffle=True):
     return Clips(open_source(cfg), cfg, split, shuffle, *ranks)
 
 
-def validation_loaders(cfg):
-    """{name of a data set: a pass over its validation clips}: val_batches of them, spread over as
-    many episodes as possible. Losses are told for each."""
+def validation_loaders(cfg, n=0):
+    """{name of a data set: a pass over its validation clips}: losses are told for each. n: clips
+    that are wanted of each on a rank, spread over the episodes; 0: all, in their order."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    n = cfg.val_batches * cfg.batch_size
     return {source.label: Clips(source, cfg, "val", False, *ranks, n) for source in open_sets(cfg)}
 
 

@@ -117,7 +117,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
     loader = droid.create_dataloader(cfg, "train")
     if cfg.init and not start:
         loader.seen = trained_on(cfg.init)
-    val_loaders = droid.validation_loaders(cfg) if cfg.val_every else {}
+    n_val = cfg.val_batches * cfg.batch_size
+    val_loaders = droid.validation_loaders(cfg, n_val) if cfg.val_every else {}
     val_batches = ranks.read_some(val_loaders, cfg.val_batches, device)
 
     # Resume

@@ -78,7 +78,9 @@ def test_a_trained_adapter_changes_the_base_it_was_trained_on(base, tmp_path):
     out = train.train(recipe(base, tmp_path / "run", "--lora.dropout=0.2"))
     encoder, predictor = model.load(base / "base.pt", "tiny")
     cfg = recipe(base, tmp_path / "run")
-    batches = list(train.droid.create_dataloader(cfg, "val", shuffle=False))[:2]
+    loader, = train.droid.validation_loaders(cfg, 4).values()
+    batches = list(loader)
+    assert sum(len(batch["states"]) for batch in batches) == 4
     off = torch.autocast("cpu", enabled=False)
     before = train.evaluate(model.WorldModel(encoder, predictor), batches, cfg, off, "cpu")
     lora.load(predictor, out)
