@@ -18,3 +18,23 @@ def base(tmp_path_factory):
     # Here, so that PyTorch is imported after the variable above was set.
     import small
     return small.write(tmp_path_factory.mktemp("base"))
+
+
+# The episodes of small.LENGTHS, in both kinds of files
+
+@pytest.fixture(scope="module")
+def rlds(tmp_path_factory):
+    import small
+    return small.write_records(tmp_path_factory.mktemp("rlds"))
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    import small
+    return small.write_trajectories(tmp_path_factory.mktemp("npz"))
+
+
+@pytest.fixture(params=["rlds", "npz"])
+def source(request):
+    """(folder, names of the episodes in it): .npz knows no failures."""
+    return request.getfixturevalue(request.param), "abcd" if request.param == "rlds" else "abcde"

@@ -53,7 +53,7 @@ from episodes.source import DamagedEpisode, Episode, with_rate
 from episodes.stored import StoredLatents
 from episodes.survey import check_val_episodes, on_one_side, survey_of
 from episodes.tf import tensorflow
-from episodes.tfrecords import check_keys, read_records, read_text, wanted_features
+from episodes.tfrecords import check_keys, per_step, read_records, read_text, wanted_features
 from episodes.windows import clip_span
 from model import resolve_size
 from running.lock import Lock
@@ -123,9 +123,7 @@ def _open_files(cfg):
     shards = train_shards(path, is_folder, names)
     tf = tensorflow(anonymous)
     expected = count_episodes(path, is_folder, shards, partial(read_text, tf, data.retry_minutes))
-    source = RldsFiles(tf, shards, data, size, expected)
-    some = shards[:4]
-    source = with_cache(source, sum(map(source.size_of, some)) / len(some) * len(shards))
+    source = with_cache(RldsFiles(tf, shards, data, size, expected))
     source.check()
     return source
 
@@ -142,7 +140,6 @@ class RldsFiles:
         self.tf, self.files, self.data, self.size = tf, files, data, size
         self.expected, self.counts = expected or {}, {}             # counts: of what was read
         self.image_key = data.keys.image.replace("{camera}", data.camera)
-        self.is_streamed = is_remote(files[0])
         self._decode_images = self.tf.function(
             self._images_to_frames, autograph=False,
             input_signature=[self.tf.TensorSpec([None], self.tf.string)])
@@ -187,7 +184,7 @@ class RldsFiles:
         return self.decode_frames(images[::self.data.frame_step].tolist())
 
     def gather(self, images, start):
-        # Compressed, they take little room in the shuffle buffer, and only what is used is decoded.
+        # Compressed, they take little room in a round, and only what is used is decoded.
         end = start + clip_span(self.data)
         return images[start:end:self.data.frame_step].tolist()          # bytes [T]
 
@@ -224,11 +221,11 @@ class RldsFiles:
             if keys.episode:
                 name = values[keys.episode].decode()
             images = values[self.image_key]                             # [n] bytes
-            poses = _per_step(values, keys.pose, len(images))
-            gripper = _per_step(values, keys.gripper, len(images)) if keys.gripper else None
+            poses = per_step(values, keys.pose, len(images))
+            gripper = per_step(values, keys.gripper, len(images)) if keys.gripper else None
             poses = to_poses(poses, gripper, self.data)                 # [n, 7]
             if self.data.drop_idle:
-                velocity = _per_step(values, keys.joint_velocity, len(images))
+                velocity = per_step(values, keys.joint_velocity, len(images))
         except tf.errors.InvalidArgumentError:
             reason = "not a tf.train.Example with the types that data.keys expects"
             return DamagedEpisode(location, reason)
@@ -237,15 +234,6 @@ class RldsFiles:
         # DROID names the folder of the recording, and sorts recordings into success and failure.
         success = not keys.episode or "/success/" in name
         return Episode(location, name, poses, images, velocity, success)
-
-
-def _per_step(values, key, n):
-    """The numbers of a key as [n, A]. Raises ValueError unless each of n steps has as many."""
-    numbers = values[key]
-    if not n or not len(numbers) or len(numbers) % n:
-        raise ValueError(f"{n} images and {len(numbers)} numbers in {key}, expected the same "
-                         "number for each step")
-    return numbers.reshape(n, -1)
 
 
 def main(args):

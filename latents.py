@@ -41,7 +41,7 @@ import files
 import model
 from episodes import stored
 from episodes.identity import has_changed, identity
-from episodes.prefetch import prefetch
+from episodes.prefetch import n_threads, prefetch
 from episodes.several import labels
 from episodes.source import DamagedEpisode, Episode
 from running.checks import check_ranks
@@ -50,7 +50,7 @@ from running.lock import Lock
 
 FRAMES_PER_BATCH = 32
 BATCHES_AHEAD = 4                           # batches that wait to be written
-THREADS = min(8, os.cpu_count() or 1)       # each decodes one episode
+THREADS = n_threads()                       # each decodes one episode
 NO_FRAMES = torch.empty(0, dtype=torch.uint8)
 END_OF_FILE = object()                      # see _one_file
 

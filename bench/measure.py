@@ -5,8 +5,6 @@
     python -m bench.measure load --model.size=tiny --file=/tmp/x.pt
     # the same file -> an encoder + predictor checkpoint in bf16, as export.py slim does
     python -m bench.measure slim
-    # clips per second from records or .npz to batches
-    python -m bench.measure data --data.path=FOLDER
     # outputs of bf16 and fp16 networks against fp32, random weights
     python -m bench.measure precision --device=cuda
     # kernels of a micro-batch from latents, the longest first
@@ -40,7 +38,6 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-import droid
 import energy
 import export
 import lora
@@ -124,20 +121,6 @@ def in_fresh_process(command, args):
 
 
 # The others
-
-def data(cfg, n=100):
-    """Time to the first batch, then n more."""
-    started = time.monotonic()
-    batches = iter(droid.create_dataloader(cfg))
-    next(batches)
-    first = time.monotonic() - started
-    started, cpu = time.monotonic(), time.process_time()
-    for _ in range(n):
-        next(batches)
-    clips = n * cfg.batch_size
-    return {"first_batch_s": first, "clips_per_s": clips / (time.monotonic() - started),
-            "cpu_ms_per_clip": 1e3 * (time.process_time() - cpu) / clips}
-
 
 @torch.no_grad()
 def precision(cfg):
@@ -232,7 +215,7 @@ def write_adapters(cfg, device, folders):
 
 
 FILE_COMMANDS = {"load": load, "slim": slim}
-COMMANDS = {"data": data, "precision": precision, "profile": profile, "analysis": analysis}
+COMMANDS = {"precision": precision, "profile": profile, "analysis": analysis}
 
 
 def main(args):

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 import zlib
@@ -26,6 +25,7 @@ import numpy as np
 
 import files
 from episodes.retry import is_remote, pause
+from episodes.several import last_part
 from episodes.source import DamagedEpisode, Episode
 from episodes.windows import clip_span
 from files import say_once
@@ -47,14 +47,15 @@ class Images(NamedTuple):
     crcs: np.ndarray        # [n] uint32
 
 
-def with_cache(source, n_bytes):
+def with_cache(source):
     """A source of records behind a cache, or itself where none is wanted or possible.
 
-    n_bytes: of the records. Says why if a cache that would be there by default is not."""
+    Says why if a cache that would be there by default is not."""
     data, path = source.data, source.data.path
     if data.cache == "off" or not (data.cache or is_remote(path)):
         return source
-    folder = Path(data.cache or Path("cache") / _name(path)) / _settings_hash(source)
+    folder = Path(data.cache or Path("cache") / last_part(data)) / _settings_hash(source)
+    n_bytes = estimated_bytes(source)
     if not data.cache and n_bytes > 1e9 * data.cache_gb:
         say_once(f"{path}: {n_bytes / 1e9:,.0f} GB, more than data.cache_gb ({data.cache_gb:g}): "
                  "it is not kept on this disk, and each epoch reads it anew")
@@ -76,10 +77,10 @@ def with_cache(source, n_bytes):
     return Cached(source, folder)
 
 
-def _name(path):
-    parts = [part for part in re.split(r"[/\\]", str(path))
-             if part and not re.fullmatch(r"\d+\.\d+\.\d+|.*[*?\[].*", part)]
-    return parts[-1] if parts else "records"
+def estimated_bytes(source):
+    """Of all records, from their first files: to ask for the size of each can take minutes."""
+    some = source.files[:4]
+    return sum(map(source.size_of, some)) / len(some) * len(source.files)
 
 
 def _names(shards):
@@ -103,7 +104,7 @@ def _settings_hash(source):
 
 class Cached:
     """An EpisodeSource of records, each of which is read once."""
-    key, one_episode_a_file, is_streamed = "frames", False, False
+    key, one_episode_a_file = "frames", False
 
     def __init__(self, source, folder):
         self.source, self.folder = source, Path(folder)

@@ -17,7 +17,6 @@ from episodes.collate import collate, pinned
 from episodes.identity import about_episode, of_episode, record
 from episodes.prefetch import in_order, prefetch
 from episodes.rounds import (
-    MAX_ROUND,
     Place,
     ReadAhead,
     bytes_held,
@@ -31,7 +30,8 @@ from episodes.windows import clip_span, clip_states_actions, drawn, in_split, us
 
 
 BATCHES_AHEAD = 4           # batches that are read and decoded before they are asked for
-ENOUGH = 16                 # validation episodes of records, which are read before step 0
+ENOUGH = 16                 # validation episodes: of records, one in ten, more would be gigabytes
+MANY_FILES = 256            # which are shared out among ranks, however many these are
 PATIENCE = 10               # s that a run which is to stop waits for a batch
 START = Place()._asdict() | {"index": 0, "count": 0}        # see `Clips.state`
 
@@ -78,10 +78,9 @@ class Clips:
         self.rank = rank
         # With 8 files or more per rank, each rank reads files of its own. Fewer would be shared
         # out unevenly: then each rank reads all of them and uses every world_size-th clip; unless
-        # they are streamed anew in each epoch, which one rank is to do, not all.
+        # they are as many as all of DROID has, which no rank is to read alone.
         self.files, self.offset, self.every = source.files, rank, world_size
-        few = 1 if getattr(source, "is_streamed", False) else 8
-        if len(source.files) >= few * world_size:
+        if len(source.files) >= min(8 * world_size, max(MANY_FILES, world_size)):
             self.files, self.offset, self.every = source.files[rank::world_size], 0, 1
         self.n = n * self.every
         self.tally = Tally(cfg.data, split)
@@ -153,6 +152,9 @@ class Clips:
         images, first recorded frame)."""
         with closing(in_order(self._decode, self._own_clips(state))) as decoded:
             for (after, clip), images in decoded:
+                if clip is None:
+                    self._end_epoch()
+                    continue
                 episode = clip.episode
                 try:
                     images = images.result()
@@ -163,8 +165,17 @@ class Clips:
                 values = {self.source.key: images, "states": clip.states, "actions": clip.actions}
                 yield after, values, episode, clip.start
 
+    def _end_epoch(self):
+        """Here, behind the last clip of an epoch: what is damaged shows only when it is decoded."""
+        self.tally.check(at_end=True)
+        # Without a usable episode: the next epochs would be the same, for ever.
+        if self.shuffle and "used" not in self.tally.status.values():
+            raise self.no_clips_error()
+
     def _decode(self, item):
         _, clip = item
+        if clip is None:
+            return None
         images = self.source.decode(clip.gathered)
         if self.source.key == "frames":
             # [3, T, S, S] of what lies in memory as [T, S, S, 3]: in NumPy, twice as fast.
@@ -175,11 +186,14 @@ class Clips:
         return images
 
     def _own_clips(self, state):
-        """This rank's clips from a state on, not decoded: yields (the state after it, Clip)."""
+        """This rank's clips from a state on, not decoded: yields (the state after it, Clip), and
+        (None, None) where a whole epoch ends."""
         first, n_seen = state["index"], state["count"]
         ahead = ReadAhead(self.data.read_ahead_mb * 1e6)
         with closing(ahead.rounds(self._rounds(state, ahead))) as rounds:
             for place, clips in rounds:
+                if place is None:
+                    yield None, None
                 for index, clip in enumerate(clips[first:], start=first + 1):
                     n_seen += 1
                     if (n_seen - 1) % self.every == self.offset:
@@ -187,24 +201,21 @@ class Clips:
                 first = 0
 
     def _rounds(self, state, ahead):
-        """Yields (Place, Clips of all ranks in their order) from the round of a state on."""
+        """Yields (Place, Clips of all ranks in their order) from the round of a state on, and
+        (None, []) at the end of each epoch that began at its beginning."""
         clips_of = partial(self._clips_of_file, ahead)
-        clip_bytes = getattr(self.source, "clip_bytes", 0)
-        size = min(self.data.shuffle_buffer, MAX_ROUND // max(1, clip_bytes) or 1)
         if self.n:
-            # Of records, one in ten for validation, more would be gigabytes.
-            enough = self.n if getattr(self.source, "one_episode_a_file", False) else ENOUGH
-            yield Place(), spread_over_episodes(self.files, clips_of, self.n, enough)
+            yield Place(), spread_over_episodes(self.files, clips_of, self.n, ENOUGH)
             return self.tally.check()
         begin = Place(*(state[key] for key in Place._fields))
         for epoch in count(begin.epoch) if self.shuffle else [0]:
             place = begin if epoch == begin.epoch else Place(epoch)
-            yield from rounds_of_epoch(self.files, clips_of, self.seed, size, self.shuffle, place)
-            if place == Place(epoch):
-                self.tally.check(at_end=True)
-                # Without a usable episode: the next ones would be the same, for ever.
-                if self.shuffle and "used" not in self.tally.status.values():
-                    raise self.no_clips_error()
+            yield from rounds_of_epoch(self.files, clips_of, self.seed, self.data.shuffle_buffer,
+                                       self.shuffle, place)
+            if place == Place(epoch):                   # the whole epoch was read
+                yield None, []
+                if "used" not in self.tally.status.values():    # where it is said, in _end_epoch
+                    return
 
     def _clips_of_file(self, ahead, file, epoch, n_skipped):
         """Yields a list of Clips for each episode of a file but the first n."""

@@ -11,6 +11,7 @@ recordings are cut into several files.
 import math
 import os
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MAX_STORED = 16 << 30   # its images as they are stored: 18,000 of 640 × 480 pi
 MAX_SMALL = 1 << 30     # the same, if they are more than MAX_RATIO times the file: renders of
 MAX_RATIO = 200         # simulators can be 50 times smaller, zeros 1,000 times
 MAX_KEPT = 1 << 30      # its frames as they are kept: 5,461 of 256 × 256 pixels
+MAX_FRAMES = 1 << 30    # the same of all episodes together: 340 clips of 16 frames, if none overlap
 MAX_FORTRAN = 512 << 20     # its images if they are in column-major order: read as a whole
 MAX_STATES = 1 << 28
 MAX_NAME = 4096
@@ -46,7 +48,7 @@ class NpzFiles:
         are no trajectories."""
         _check_are_trajectories(files)
         self.files, self.size, self._names = files, size, None
-        self.clip_bytes = data.clip_stride * size ** 2 * 3      # frames that no other clip shares
+        self.kept = _Kept()
         self.data = with_rate(data, _usual_fps(files), Path(files[0]).parent)
         if data.drop_idle:
             raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do "
@@ -82,7 +84,7 @@ class NpzFiles:
                 raise ValueError(f"has no array {missing[0]!r}, only {others or 'nothing'}")
             # Images are megabytes, and perhaps of another rank's clips: only their header is read.
             images = _LazyFrames(file, _frames_shape(npz, self.data, self.size), self.data,
-                                 self.size)
+                                 self.size, self.kept)
             header = npz.header("states")
             # With or without a batch axis: the example of facebookresearch/vjepa2 has one.
             shape = _without_batch_axis(header.shape, 2)
@@ -118,16 +120,36 @@ class NpzFiles:
         return clip.permute(3, 0, 1, 2)                                 # [3, T, S, S]
 
 
+class _Kept:
+    """The frames of the episodes that were used last, MAX_FRAMES bytes of them at most: a round has
+    clips of many episodes."""
+
+    def __init__(self):
+        self.lock, self.images = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def use(self, images, frames):
+        """Keeps the frames of a _LazyFrames, which are used now; others may be freed."""
+        with self.lock:
+            images.frames = frames
+            self.images.pop(images, None)
+            self.images[images] = frames.nbytes                 # behind all others
+            n_bytes = sum(self.images.values())
+            for other, size in list(self.images.items())[:-1]:
+                if n_bytes > MAX_FRAMES:
+                    n_bytes, other.frames = n_bytes - size, None
+                    del self.images[other]
+
+
 class _LazyFrames:
     """An episode's frames, read when its first clip is decoded.
 
-    All its clips share them, and they are freed with the last clip of the round: an .npz array can
-    only be read as a whole."""
+    All its clips share them, and they are freed with the last clip of the round, or when others
+    need the room: an .npz array can only be read as a whole."""
 
-    def __init__(self, file, shape, data, size):
+    def __init__(self, file, shape, data, size, kept):
         """shape: of the images, [n, H, W, 3]. Fewer are used if `n` is set to it."""
         self.n = shape[0]
-        self.file, self.shape, self.data, self.size = file, shape, data, size
+        self.file, self.shape, self.data, self.size, self.kept = file, shape, data, size, kept
         self.frames, self.phase = None, 0
         self.lock = threading.Lock()            # clips are decoded by several threads
 
@@ -137,15 +159,18 @@ class _LazyFrames:
 
         Raises ValueError if the file is broken."""
         with self.lock:
-            if self.frames is None or self.phase != phase:
+            frames = self.frames
+            if frames is None or self.phase != phase:
                 try:
                     with open_npz(self.file) as npz:
                         if _frames_shape(npz, self.data, self.size) != self.shape:
                             raise ValueError("was replaced while it was read")
-                        self.frames, self.phase = self._read_cropped(npz, phase), phase
+                        frames = self._read_cropped(npz, phase)
                 except (ValueError, OSError, KeyError) as error:
                     raise ValueError(str(error).removeprefix(f"{self.file}: ")) from None
-            return self.frames
+            self.phase = phase
+            self.kept.use(self, frames)
+            return frames
 
     def _read_cropped(self, npz, phase):
         """Some images at a time: as they are stored, those of an episode can be gigabytes."""

@@ -23,7 +23,6 @@ from files import say_once
 # The first rounds of a run are smaller, each twice as large as the one before: the first batch
 # comes after a few episodes.
 FIRST_ROUND = 32
-MAX_ROUND = 640 << 20       # bytes of the frames of a round, where they stay in memory
 
 
 class Place(NamedTuple):
@@ -98,23 +97,32 @@ class ReadAhead:
     is waited for."""
 
     def __init__(self, limit):
-        self.limit, self.held = limit, 0
-        self.changed, self.wanted = threading.Condition(), False
+        self.limit, self.changed = limit, threading.Condition()
+        # bytes of clips that are ahead; rounds among them that are whole; whether one is waited for
+        self.held = self.whole = 0
+        self.waiting = False
 
     def rounds(self, rounds):
         """The items of a generator like `rounds_of_epoch`, whose clips were counted by `add`."""
-        with closing(prefetch(rounds, 1)) as ready:
+        with closing(prefetch(self._counted(rounds), 1)) as ready:
             while True:
-                self._want(True)
+                self._update(waiting=True)
                 item = next(ready, None)
                 if item is None:
                     return
-                self._want(False, sum(clip.n_bytes for clip in item[1]))
+                self._update(False, -1, -sum(clip.n_bytes for clip in item[1]))
                 yield item
 
-    def _want(self, wanted, handed_out=0):
+    def _counted(self, rounds):
+        with closing(rounds):
+            for item in rounds:
+                self._update(whole=1)
+                yield item
+
+    def _update(self, waiting=None, whole=0, n_bytes=0):
         with self.changed:
-            self.wanted, self.held = wanted, self.held - handed_out
+            self.waiting = self.waiting if waiting is None else waiting
+            self.whole, self.held = self.whole + whole, self.held + n_bytes
             self.changed.notify_all()
 
     def add(self, n_bytes):
@@ -122,7 +130,8 @@ class ReadAhead:
         stop = stop_event.get()
         with self.changed:
             self.held += n_bytes
-            while self.held > self.limit and not self.wanted and not stop.is_set():
+            while self.held > self.limit and not stop.is_set() and (
+                    self.whole or not self.waiting):
                 self.changed.wait(0.1)
 
 

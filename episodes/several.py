@@ -18,13 +18,14 @@ from episodes.source import DamagedEpisode
 def labels(sets):
     """A name for each data set, for logs and metrics: the last part of its path, the camera too
     where others differ in nothing else, and a number where even that is not enough."""
-    names = [_last_part(one) for one in sets]
+    names = [last_part(one) for one in sets]
     names = [f"{name}/{one.camera}" if names.count(name) > 1 else name
              for name, one in zip(names, sets)]
     return [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
 
 
-def _last_part(data):
+def last_part(data):
+    """Of a data set's path, without versions and patterns."""
     parts = [part for part in str(data.path).replace("\\", "/").split("/") if part]
     named = [part for part in parts if not part.replace(".", "").isdigit() and "*" not in part]
     return (named or parts or ["data"])[-1].removesuffix(".npz")
@@ -36,7 +37,6 @@ class Several:
 
     def __init__(self, sources):
         self.sources, self.key, self.data = sources, sources[0].key, sources[0].data
-        self.clip_bytes = max(getattr(source, "clip_bytes", 0) for source in sources)
         self.files = [f"{i} {file}" for i, source in enumerate(sources) for file in source.files]
 
     def episodes(self, file):

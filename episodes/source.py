@@ -53,8 +53,8 @@ class EpisodeSource(Protocol):
         """The episodes of one of `files`, always in the same order."""
 
     def gather(self, images, start) -> object:
-        """What a clip from recorded frame `start` needs of an Episode's images: kept in the shuffle
-        buffer until it is decoded."""
+        """What a clip from recorded frame `start` needs of an Episode's images: kept in its round
+        until it is decoded."""
 
     def decode(self, gathered) -> torch.Tensor:
         """Of that, frames [3, T, S, S] uint8 or latents [T, N, D]. Raises ValueError if an image is

@@ -114,6 +114,15 @@ def wanted_features(tf, data, image_key):
     return features
 
 
+def per_step(values, key, n):
+    """The numbers of a key as [n, A]. Raises ValueError unless each of n steps has as many."""
+    numbers = values[key]
+    if not n or not len(numbers) or len(numbers) % n:
+        raise ValueError(f"{n} images and {len(numbers)} numbers in {key}, expected the same "
+                         "number for each step")
+    return numbers.reshape(n, -1)
+
+
 def check_keys(tf, files, records, data, image_key):
     """Compares data.keys with the first records: a typo is to be an error at once, not a data set
     of damaged episodes. One good record is enough, since some may be odd.

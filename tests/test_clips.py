@@ -20,25 +20,7 @@ from small import (
     episode,
     take,
     which,
-    write_records,
-    write_trajectories,
 )
-
-
-@pytest.fixture(scope="module")
-def rlds(tmp_path_factory):
-    return write_records(tmp_path_factory.mktemp("rlds"))
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    return write_trajectories(tmp_path_factory.mktemp("npz"))
-
-
-@pytest.fixture(params=["rlds", "npz"])
-def source(request):
-    """(folder, names of the episodes in it): .npz knows no failures."""
-    return request.getfixturevalue(request.param), "abcd" if request.param == "rlds" else "abcde"
 
 
 # Windows and crops

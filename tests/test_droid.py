@@ -13,6 +13,7 @@ import torch
 import droid
 import episodes.tf
 import tabletop
+from episodes import clips
 from episodes.clips import Clips
 from parity import SHARED
 from small import (
@@ -24,13 +25,7 @@ from small import (
     flip,
     take,
     which,
-    write_records,
 )
-
-
-@pytest.fixture(scope="module")
-def rlds(tmp_path_factory):
-    return write_records(tmp_path_factory.mktemp("rlds"))
 
 
 def test_records_and_npz_files_give_the_same(tmp_path):
@@ -59,15 +54,15 @@ def test_many_shards_are_split_by_shard(tmp_path):
     assert sorted(sum(shares, [])) == all_clips()
 
 
-def test_of_records_that_are_streamed_each_rank_reads_its_own(tmp_path):
-    """Four shards are too few for three ranks, but three ranks are not to fetch all of them."""
+def test_of_very_many_files_each_rank_reads_its_own(tmp_path, monkeypatch):
+    """Four shards are too few for three ranks; if four were many, no rank were to read them all."""
     tabletop.write_rlds(tmp_path, [episode(name) for name in "abcd"], n_shards=4)
     cfg = data_recipe(tmp_path)
     source = droid.open_source(cfg)
-    for streamed, n in ((False, 12), (True, 4)):
-        source.is_streamed = streamed
+    for many, n_files in ((5, 12), (4, 4)):
+        monkeypatch.setattr(clips, "MANY_FILES", many)
         loaders = [Clips(source, cfg, "train", False, rank, 3) for rank in range(3)]
-        assert sum(len(loader.files) for loader in loaders) == n
+        assert sum(len(loader.files) for loader in loaders) == n_files
         assert sorted(sum([which(take(loader, 1000)) for loader in loaders], [])) == all_clips()
 
 

@@ -10,12 +10,7 @@ import droid
 import episodes.npz
 from episodes.crops import crop_frames
 from parity import SHARED
-from small import all_clips, data_recipe, flip, take, which, write_trajectories
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    return write_trajectories(tmp_path_factory.mktemp("npz"))
+from small import all_clips, data_recipe, flip, take, which, write_episodes
 
 
 def test_they_are_read_without_tensorflow(npz):
@@ -167,3 +162,17 @@ def test_the_real_franka_pair():
     expected = [0.0923694, 0.0309872, 0.0842796, -0.0171648, -0.0099991, -2.407e-05, 0]
     assert batch["actions"][0, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert (batch["actions"][0, 1] == 0).all()
+
+
+def test_frames_of_many_episodes_take_no_more_memory_than_the_limit(tmp_path, monkeypatch):
+    """Clips in an order that goes to and fro between episodes: what was freed is read again."""
+    write_episodes(tmp_path, n=6, length=30, patches=4, move=0.05)
+    source = droid.open_source(data_recipe(tmp_path))
+    found = [one for file in source.files for one in source.episodes(file)]
+    whole = [one.images.read().clone() for one in found]
+    monkeypatch.setattr(episodes.npz, "MAX_FRAMES", 2 * whole[0].nbytes)
+    for i in (0, 1, 2, 0, 5, 4, 3, 2, 2, 0):
+        clip = source.decode(source.gather(found[i].images, 8))
+        assert torch.equal(clip, whole[i][4:8].permute(3, 0, 1, 2))
+        held = [k for k, one in enumerate(found) if one.images.frames is not None]
+        assert len(held) <= 2 and i in held

@@ -17,25 +17,7 @@ from small import (
     data_recipe,
     take,
     which,
-    write_records,
-    write_trajectories,
 )
-
-
-@pytest.fixture(scope="module")
-def rlds(tmp_path_factory):
-    return write_records(tmp_path_factory.mktemp("rlds"))
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    return write_trajectories(tmp_path_factory.mktemp("npz"))
-
-
-@pytest.fixture(params=["rlds", "npz"])
-def source(request):
-    """(folder, names of the episodes in it): .npz knows no failures."""
-    return request.getfixturevalue(request.param), "abcd" if request.param == "rlds" else "abcde"
 
 
 def test_an_epoch_holds_every_clip_once_in_an_order_that_the_seed_decides(source):
@@ -224,3 +206,53 @@ def test_leaving_ends_the_thread_also_while_no_clip_comes(n):
     seen = len(read)
     time.sleep(0.1)
     assert len(read) == seen
+
+
+@pytest.mark.parametrize("limit, n_read", [(10 ** 9, 24), (0, 9), (250, 11)])
+def test_the_next_round_is_read_meanwhile_but_no_more_than_fits(limit, n_read):
+    """Rounds of 8 clips of 100 bytes: of what comes after the first, two rounds are read at most
+    (one that waits, one that is being read), or as many clips as fit and the one that does not."""
+    ahead, read = rounds.ReadAhead(limit), []
+
+    def rounds_of_eight():
+        for number in range(6):
+            clips_ = []
+            for i in range(8):
+                read.append(i)
+                clips_.append(SimpleNamespace(n_bytes=100))
+                ahead.add(100)
+            yield rounds.Place(0, number), clips_
+
+    ready = ahead.rounds(rounds_of_eight())
+    place, some = next(ready)
+    assert place.round == 0 and len(some) == 8
+    deadline = time.monotonic() + 10
+    while len(read) < n_read and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(read) == n_read
+    assert [place.round for place, _ in ready] == [1, 2, 3, 4, 5] and len(read) == 48
+
+
+def test_episodes_that_prove_damaged_when_decoded_are_judged_at_the_end_of_the_pass(npz):
+    """Not when they were read, which is earlier: all of them are named first."""
+    class Broken:
+        files, key = [str(i) for i in range(12)], "frames"
+
+        def episodes(self, file):
+            yield Episode(file, f"/success/{file}", np.zeros((30, 7)), "images")
+
+        def gather(self, images, start):
+            return images
+
+        def decode(self, images):
+            time.sleep(0.01)
+            raise ValueError("it is broken")
+
+    cfg = data_recipe("x", "--data.check=false")
+    for shuffle in (False, True):
+        loader = clips.Clips(Broken(), cfg, "train", shuffle)
+        with pytest.raises(ValueError, match="no clip for train"):
+            assert not list(loader)
+            raise loader.no_clips_error()
+        assert len(loader.tally.bad) == 12
