@@ -9,7 +9,7 @@ import torch
 import droid
 import latents
 from episodes import clips, rounds
-from small import recipe
+from small import recipe, write_episodes
 
 
 ANY = "--data.offsets=any"
@@ -50,6 +50,22 @@ def test_latents_of_every_frame_give_the_windows_of_the_frames(base, tmp_path, m
         assert seen and all(start % step == 0 for _, start, _, _ in seen)
         for name, start, _, clip in seen:
             assert torch.equal(clip, whole[name][start:start + 2 * step + 1:step])
+
+
+def test_validation_takes_the_same_clips_from_files_and_from_latents(base, tmp_path):
+    """Of more episodes than are enough, some of which it leaves out."""
+    (tmp_path / "data").mkdir()
+    write_episodes(tmp_path / "data", n=24, length=12, patches=4, move=0.05)
+    args = [f"--data.path={tmp_path}/data", "--data.val_fraction=1"]
+    store = f"--data.latents={tmp_path}/store"
+    latents.encode(recipe(base, tmp_path, *args, store))
+    found = []
+    for cfg in (recipe(base, tmp_path, *args), recipe(base, tmp_path, *args, store)):
+        loader, = droid.validation_loaders(cfg, 20).values()
+        found.append([(episode.name, int(start))
+                      for _, _, episode, start in loader._decoded_clips(loader.state)])
+    assert found[0] == found[1] and len(found[0]) == 20
+    assert len({name for name, _ in found[0]}) == clips.ENOUGH < 24
 
 
 def test_a_store_says_which_frames_it_lacks(base, tmp_path):
