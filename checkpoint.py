@@ -10,6 +10,7 @@ moment leaves whole checkpoints or none. Equal runs write equal bytes. A lock le
 """
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -284,34 +285,8 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
              "history": settings.new_history(run.history, cfg, run.start)}
     buffer = io.BytesIO()
     torch.save(_canonical(state), buffer)
-    contents = lora.adapter_files(predictor, cfg.model.checkpoint)
-    if None not in seen:                # else it goes on from an adapter that does not know its own
-        contents[TRAINED_ON] = trained_on_file({k: v for one in seen for k, v in one.items()})
-    contents["state.pt"] = buffer.getvalue()
-    contents[SUMS] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
-                             for name, data in contents.items()).encode()
-    lost = run.lock.lost()
-    out = run.lock.where() if lost else run.out
-    if out is None:
-        raise OSError(f"{lost}; nothing was written. See what is there, then go on with --resume")
-    folder, partial = out / folder.name, out / f"{folder.name}.tmp"
-    try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        for name, data in contents.items():
-            write_file(partial / name, data)
-        # What is there cannot be resumed from, or this run would have started behind it; but it
-        # may hold an adapter.
-        if os.path.lexists(folder):
-            _keep_aside(folder)
-        partial.rename(folder)
-    except OSError as error:
-        _remove(partial)
-        newest = newest_step(out)
-        raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
-                      f"{f'step {newest}' if newest else 'none'})") from None
-    if lost:
-        raise OSError(f"{lost}; step {step} was saved in {out}: go on there with --resume")
+    contents = _adapter(predictor, cfg, seen) | {"state.pt": buffer.getvalue()}
+    folder = _write_folder(run, f"step_{step}", contents)
     # Of killed saves and rotations.
     for rest in run.out.glob("step_*.tmp"):
         _remove(rest)
@@ -319,6 +294,69 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
     for old in rotating[:-cfg.keep]:
         # Under another name first: a kill half-way is to leave no half of a step.
         _remove((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
+    return folder
+
+
+def save_best(run, best, cfg, predictor, loader):
+    """Writes step_best/: the adapter of the best step so far, without what a resume needs, and
+    best.json. All ranks call it, rank 0 writes.
+
+    That it cannot be written is said, and does not end the run before its step is saved."""
+    seen = gather_from_ranks(loader.seen)
+    # A run folder that was moved is for `save` to find a place beside.
+    if dist.is_initialized() and dist.get_rank() or run.lock.lost():
+        return
+    contents = _adapter(predictor, cfg, seen) | {"best.json": json.dumps(best.about()).encode()}
+    try:
+        _write_folder(run, "step_best", contents, replace=True)
+    except OSError as error:
+        tqdm.write(f"step_best: {error}", file=sys.stderr)
+
+
+def _adapter(predictor, cfg, seen):
+    """{name: bytes} of an adapter's files. seen: what each rank has been trained on."""
+    contents = lora.adapter_files(predictor, cfg.model.checkpoint)
+    if None not in seen:                # else it goes on from an adapter that does not know its own
+        contents[TRAINED_ON] = trained_on_file({k: v for one in seen for k, v in one.items()},
+                                               cfg.data.shuffle_actions)
+    return contents
+
+
+def _write_folder(run, name, contents, replace=False):
+    """Writes {name: bytes} and their sums into the run folder as one folder, which is there whole
+    or not at all. replace: one of that name gives way; otherwise it is kept aside. Raises
+    OSError with the newest step that is safe."""
+    contents[SUMS] = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+                             for name, data in contents.items()).encode()
+    lost = run.lock.lost()
+    out = run.lock.where() if lost else run.out
+    if out is None:
+        raise OSError(f"{lost}; nothing was written. See what is there, then go on with --resume")
+    folder, partial = out / name, out / f"{name}.tmp"
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        for name, data in contents.items():
+            write_file(partial / name, data)
+        if os.path.lexists(folder) and replace:
+            old = out / f"{folder.name}.old.tmp"
+            _remove(old)
+            folder.rename(old)
+        # What is there cannot be resumed from, or this run would have started behind it; but it
+        # may hold an adapter.
+        elif os.path.lexists(folder):
+            _keep_aside(folder)
+        partial.rename(folder)
+        if replace:
+            _remove(out / f"{folder.name}.old.tmp")
+    except OSError as error:
+        _remove(partial)
+        newest = newest_step(out)
+        raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
+                      f"{f'step {newest}' if newest else 'none'})") from None
+    if lost:
+        raise OSError(f"{lost}; {name.replace('_', ' ')} was saved in {out}: go on there with "
+                      "--resume")
     return folder
 
 

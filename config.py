@@ -20,6 +20,7 @@ import yaml
 from files import write_file
 from files.reading import shown
 from files.text import TYPES, expand_home, parse_yaml, read_yaml, to_list
+from settings.limits import CHOICES, check_ranges, check_together  # noqa: F401
 
 
 @dataclass
@@ -80,6 +81,7 @@ class DataConfig:
     position_scale: float = 1.0
     pose_slice: str = ""
     check: bool = True
+    shuffle_actions: bool = False
     gripper: GripperConfig = field(default_factory=GripperConfig)
     keys: KeysConfig = field(default_factory=KeysConfig)
 
@@ -95,11 +97,22 @@ class EnergyConfig:
     radius: float = 0.075
     grid: int = 21
     others: str = "truth"
-    planners: tuple[str, ...] = ("cem", "gradient")
+    context: int = 1
+    planners: tuple[str, ...] = ("cem",)
+    objective: str = "l1"
     horizon: int = 1
     cem_samples: int = 800
     cem_iterations: int = 10
     cem_elites: int = 10
+    protocol: str = ""
+    also: str | dict = ""
+    name: str = ""
+
+
+@dataclass
+class LossConfig:
+    teacher_forcing: float = 1.0
+    rollout: float = 1.0
 
 
 @dataclass
@@ -126,6 +139,8 @@ class Config:
     log_every: int = 10
     val_every: int = 500
     val_batches: int = 16
+    val_landscapes: int = 4
+    best: str = "val_l1"
     save_every: int = 1000
     keep: int = 5
     milestones: tuple[int, ...] = (5000, 20000)
@@ -139,6 +154,7 @@ class Config:
     stop_at: int = 0
     debug: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -150,35 +166,6 @@ class Config:
 DEBUG = dict(max_steps=3, batch_size=1, grad_accum=2, warmup_steps=1, decay_steps=1, log_every=1,
              val_every=3, val_batches=1, save_every=3)
 
-CHOICES = {
-    "schedule": ("cosine", "wsd"),
-    "optimizer": ("adamw8bit", "adamw"),
-    "precision": ("bf16", "fp16", "fp32"),
-    "data.crop": ("center", "droid", "none"),
-    "data.offsets": ("grid", "any"),
-    "data.rotation": ("euler_xyz", "degrees", "quat_xyzw", "quat_wxyz", "rotvec", "rot6d",
-                      "rot6d_rows"),
-    "energy.others": ("zero", "truth"),
-    "energy.planes": ("xy", "xz", "yz", "xyz"),
-    "energy.planners": ("cem", "gradient"),
-}
-AT_LEAST = {
-    "max_steps": 1, "batch_size": 1, "grad_accum": 1, "rollout": 0,
-    "lr": 0, "min_lr": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0,
-    "memory": 0, "log_every": 1, "val_every": 0, "val_batches": 1, "save_every": 1, "keep": 1,
-    "gcs_minutes": 0, "dist_timeout_minutes": 0.05, "stop_at": 0, "seed": 0,
-    "lora.rank": 1, "lora.alpha": 1e-9, "lora.dropout": 0,
-    "data.frame_step": 1, "data.clip_frames": 2, "data.clip_stride": 1, "data.val_fraction": 0,
-    "data.retry_minutes": 0, "data.shuffle_buffer": 1, "data.read_ahead_mb": 0, "data.cache_gb": 0,
-    "data.max_bad_share": 0,
-    "data.step_seconds": 0, "data.fps": 0, "data.position_scale": 1e-9,
-    "energy.pairs": 1, "energy.per_episode": 1, "energy.min_move": 0, "energy.steps": 1,
-    "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
-    "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
-}
-# Of longer times timers overflow.
-AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
-           "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
 PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents", "data.cache")
 # One or several of them. A data set in data.path can have values of its own: see `data_sets`.
 LISTS = ("data.path", "data.camera", "data.latents")
@@ -273,8 +260,10 @@ def _hint(name, section, known):
 
 def _typed(default, new, where, name):
     """`new` in the type of `default`. new: text, a list or dict of it, True for a bare --key."""
-    if name == "model.size" and isinstance(new, str) and new.startswith("{"):
+    if name in ("model.size", "energy.also") and isinstance(new, str) and new.startswith("{"):
         new = parse_yaml(new, where)
+    if name == "energy.also" and (isinstance(new, dict) or str(new).endswith((".yaml", ".yml"))):
+        return _typed_data_set(new, where, also=True)
     if name == "model.size" and isinstance(new, dict):
         return {key: _typed(0, value, where, f"{name}.{key}") for key, value in new.items()}
     if name == "resume" and new == "changed" or new is True and isinstance(default, bool):
@@ -299,16 +288,16 @@ def _typed(default, new, where, name):
     return expand_home(value) if name in PATHS else value
 
 
-def _typed_data_set(item, where):
+def _typed_data_set(item, where, also=False):
     """A data set in data.path with values of its own, a dict or a YAML file with a section `data`
-    -> {key: value}."""
+    -> {key: value}. also: one beside it, in energy.also, which may be of the same path."""
     if isinstance(item, str):
         where, item = item, (read_yaml(item) or {}).get("data")
-    if not isinstance(item, dict) or not item.get("path"):
+    if not isinstance(item, dict) or not item or not (also or item.get("path")):
         raise ValueError(f"{where}: a data set has a path, such as {{path: my_robot, camera: "
                          f"front}}; got {shown(item) if item else 'no section data'}")
     for key in item:
-        if key not in OF_A_DATA_SET:
+        if key not in OF_A_DATA_SET + ("latents",) * also:
             raise ValueError(f"{where}: data.{key} is not of one data set, but of all; a data set "
                              f"in data.path can have {', '.join(OF_A_DATA_SET)}")
     data, typed = DataConfig(), {}
@@ -336,6 +325,17 @@ def data_sets(data):
     return [replace(one, latents=folder) for one, folder in zip(sets, latents)]
 
 
+def second_data_set(data, also):
+    """The DataConfig of energy.also: a path, a camera of the same data, or a dict of both and
+    more. It is read as frames unless the dict names stored latents."""
+    if isinstance(also, str):
+        is_path = os.path.exists(also) or "/" in also
+        also = {"path": also} if is_path else {"camera": also}
+    second = replace(copy.deepcopy(data), latents="", weights=())
+    _update_typed(second, also)
+    return second
+
+
 def _update_typed(cfg, values):
     for key, value in values.items():
         if is_dataclass(getattr(cfg, key)):
@@ -350,57 +350,8 @@ def validate(cfg):
     if not sets:
         raise ValueError("data.path is empty; give --data.path=FOLDER or a pattern")
     for one in sets:
-        _check_ranges(flat(replace(cfg, data=one)))
-    if not re.fullmatch(r"|cpu|cuda(:\d\d?)?", cfg.device):
-        raise ValueError(f"device is {cfg.device!r}; "
-                         "write --device=cpu, --device=cuda or --device=cuda:1")
-    n_paths = len(cfg.data.path) if isinstance(cfg.data.path, tuple) else 1
-    weights = cfg.data.weights
-    if weights and (len(weights) != n_paths or min(weights) < 0 or not sum(weights)):
-        raise ValueError(f"data.weights is {list(weights)}; give a share for each of the {n_paths} "
-                         "data sets in data.path, 0 or more")
-    frames = cfg.data.clip_frames
-    if cfg.rollout >= frames:
-        raise ValueError(f"rollout {cfg.rollout} needs more than {cfg.rollout} frames and "
-                         f"data.clip_frames is {frames}; set --rollout={frames - 1} or less")
-    for name in ("lora.targets", "energy.planes"):
-        value = flat(cfg)[name]
-        if not value or "" in value:
-            raise ValueError(f"{name} is empty; give one at least, as config.yaml does")
-    if cfg.val_every and not (cfg.data.val_fraction or cfg.data.val_episodes):
-        raise ValueError("val_every needs validation episodes and data.val_fraction is 0; "
-                         "set one of the two")
-    if cfg.lr < cfg.min_lr:
-        raise ValueError(f"min_lr {cfg.min_lr} is above lr {cfg.lr}; lower it or raise lr")
-    if cfg.schedule == "wsd" and cfg.decay_steps > cfg.max_steps:
-        raise ValueError(f"decay_steps {cfg.decay_steps} is above max_steps {cfg.max_steps}; "
-                         "lower it or raise max_steps")
-    if cfg.energy.cem_elites > cfg.energy.cem_samples:
-        raise ValueError(f"energy.cem_elites {cfg.energy.cem_elites} is above energy.cem_samples "
-                         f"{cfg.energy.cem_samples}; lower it or raise cem_samples")
-    if cfg.out_dir.startswith("gs://"):
-        raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
-    if cfg.gcs_dir and not cfg.gcs_dir.startswith("gs://"):
-        raise ValueError(f"gcs_dir {cfg.gcs_dir!r} must start with gs://")
-
-
-def _check_ranges(values):
-    """The same for values alone, {dotted name: value}."""
-    for name, choices in CHOICES.items():
-        value = values[name]
-        for one in value if isinstance(value, tuple) else [value]:
-            if one not in choices:
-                raise ValueError(f"{name} is {one!r}; choose from {', '.join(choices)}")
-    for name, least in AT_LEAST.items():
-        # beyond these no number can be computed with: whole ones up to 2^53, others in float32
-        most = AT_MOST.get(name, 2 ** 53 if type(values[name]) is int else 3e38)
-        # not (a >= b) rather than a < b, so that nan is refused too
-        if not least <= values[name] <= most:
-            limit = f"at most {most}" if values[name] > most else f"at least {least}"
-            raise ValueError(f"{name} is {values[name]}; it must be {limit}")
-    if not values["data.gripper.scale"]:
-        raise ValueError("data.gripper.scale is 0; give what the gripper's numbers are to be "
-                         "multiplied by to become 0..1")
+        check_ranges(flat(replace(cfg, data=one)))
+    check_together(flat(cfg))
 
 
 def save(cfg, path):

@@ -47,6 +47,7 @@ import lora
 import model
 from episodes.identity import TRAINED_ON
 from episodes.npz import NpzFiles
+from episodes.pairs import seen_in_training
 from episodes.stored import with_frames
 from files.package import verify
 from files.weights import convert
@@ -186,7 +187,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
     contents = _pack_adapters(cfg, predictor, run, steps)
     clips = energy.read_clips(cfg)
     seen = [run / f"step_{step}" for step in steps if (run / f"step_{step}").is_dir()]
-    energy.seen_in_training(clips, seen, cfg.energy.allow_trained)
+    seen_in_training(clips, seen, cfg.energy.allow_trained)
     for i, clip in enumerate(clips):
         contents[f"trajectories/{i:03d}.npz"] = _pack_trajectory(clip)
     contents |= {name: (PROJECT / name).read_bytes() for name in source_files()}

@@ -128,9 +128,11 @@ class WorldModel(nn.Module):
             losses["rollout"] = F.l1_loss(rolled, h[:, 1:rollout + 1])
         return losses
 
-    def distance(self, z, h):
-        """L1 between predictions z [B, …, D] and latents h of that shape or [N, D]: means [B]."""
-        return (z - h.float()).abs().flatten(1).mean(dim=1)
+    def distances(self, z, h):
+        """Mean L1 and mean squared distance (L2) of predictions z [B, …, D] from latents h of that
+        shape or [N, D]: [B, 2]."""
+        d = (z - h.float()).flatten(1)
+        return torch.stack([d.abs().mean(dim=1), d.square().mean(dim=1)], dim=1)
 
     def forward(self, actions, states, frames=None, h=None, rollout=2):
         """The objective of one micro-batch: encode the frames, unless their latents h are given,

@@ -176,7 +176,7 @@ def test_landscapes_and_the_package_from_the_command_line(experiment, tmp_path):
                   "--energy.pairs=4", "--energy.planes=[xy]", "--energy.planners=[cem]",
                   "--energy.cem_iterations=2")
     assert "Δx–Δy" in text and "step_150" in text and "WARNING" not in text
-    comparison = json.loads((tmp_path / "run/energy/comparison.json").read_text())
+    comparison = json.loads((tmp_path / "run/energy/step_150/comparison.json").read_text())
     assert comparison["controls"]["null"] == 0
     python(f"{here}/export.py", "package", f"{out}/lora", "--steps=0,150", "--trajectories=4")
     verified = python(f"{here}/export.py", "verify", "checkpoints_for_colab.zip")

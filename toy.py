@@ -58,6 +58,7 @@ OUT = Path("runs/toy")
 RECIPE = Path(__file__).with_name("tabletop") / "toy.yaml"
 EPISODE_LENGTH = 27             # recorded frames
 N_SHARDS = 4
+CONTROL = "shuffled_control"
 TURNED_MARKER = dict(marker="D", ms=3.5, mfc="none", mec="#56B4E9", mew=1)
 
 
@@ -77,16 +78,14 @@ def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor
           f"{losses[1]:.4f} (predictor)")
 
     finetune(out, cfg, "data", "lora", pause_at=cfg.max_steps * 2 // 3)
-    control = finetune(out, cfg, "shuffled", "control")
-    shutil.rmtree(out / "shuffled_control", ignore_errors=True)
-    print(export.adapter(control, out / "shuffled_control"))
-    # Beside other images it has seen the poses of all episodes, by which recordings are told.
-    (out / "shuffled_control/trained_on.json").unlink()
+    control = finetune(out, cfg, "data", "control", shuffle_actions=True)
+    shutil.rmtree(out / CONTROL, ignore_errors=True)
+    print(export.adapter(control, out / CONTROL))
 
     adapters = [out / f"lora/step_{step}" for step in saved_steps(out / "lora")]
     A, result_A = analyse_camera(out, cfg, CAMERA_A, adapters, "energy_A", planes=("xy",),
                                  planners=())
-    B, result_B = analyse_camera(out, cfg, CAMERA_B, [*adapters, out / "shuffled_control"],
+    B, result_B = analyse_camera(out, cfg, CAMERA_B, [*adapters, out / CONTROL],
                                  "energy_B", cfg.energy.planes, cfg.energy.planners)
     both = {"camera_A": result_A, "camera_B": result_B}
     files.write_file(out / "comparison.json", json.dumps(both, indent=1).encode())
@@ -108,24 +107,19 @@ def make_episodes(seed, n_episodes):
 
 
 def write_data(out, seed, n_episodes):
-    """Writes data/ (all cameras) and shuffled/ (camera B's images with the poses, and so the
-    actions, of other episodes)."""
-    episodes = make_episodes(seed, n_episodes)
-    tabletop.write_rlds(out / "data", episodes, N_SHARDS)
-    shuffled = []
-    for episode, other in zip(episodes, episodes[1:] + episodes[:1]):
-        frames = {CAMERA_B: episode["frames"][CAMERA_B]}
-        shuffled.append(episode | {"states": other["states"], "frames": frames})
-    tabletop.write_rlds(out / "shuffled", shuffled, N_SHARDS)
+    """Writes data/, with all cameras."""
+    tabletop.write_rlds(out / "data", make_episodes(seed, n_episodes), N_SHARDS)
     print(f"{out}/data: {n_episodes} episodes of {EPISODE_LENGTH} frames, "
           f"{len(tabletop.CAMERAS)} cameras, {N_SHARDS} shards")
 
 
-def finetune(out, cfg, data, run, pause_at=0):
+def finetune(out, cfg, data, run, shuffle_actions=False, pause_at=0):
     """LoRA on camera B of the records in `data`, from stored latents, into the run folder `run`.
 
-    pause_at: a step at which the run ends, to be resumed. Returns the last checkpoint's folder."""
-    stored = replace(cfg.data, path=f"{out}/{data}", latents=f"{out}/latents_{data}")
+    shuffle_actions: of a control. pause_at: a step at which the run ends, to be resumed. Returns
+    the last checkpoint's folder."""
+    stored = replace(cfg.data, path=f"{out}/{data}", latents=f"{out}/latents_{data}",
+                     shuffle_actions=shuffle_actions)
     cfg = replace(cfg, out_dir=f"{out}/{run}", data=stored)
     latents.encode(cfg)
     # The toy pauses one of its runs so that resuming is exercised too.
@@ -165,7 +159,7 @@ def turned_error(arrays, c=0):
 
 def print_summary(A, B, result_A, result_B):
     """The results as a table and five sentences, from what `run_experiment` returns."""
-    base, control = "baseline", "shuffled_control"
+    base, control = "baseline", CONTROL
     last = [name for name in result_B["checkpoints"] if name.startswith("step_")][-1]
     on_A = _summary_row(A, result_A, base)
     on_B = _summary_row(B, result_B, base)
@@ -223,7 +217,7 @@ def draw(A, B, path, n_pairs=3):
     last = max(c for c, name in enumerate(names) if name.startswith("step_"))
     columns = [("base model\ncamera A", A, 0), ("base model\ncamera B", B, 0),
                ("LoRA\ncamera B", B, last),
-               ("control\ncamera B", B, names.index("shuffled_control"))]
+               ("control\ncamera B", B, names.index(CONTROL))]
     above = [arrays["energy_xy"][c] - arrays["energy_xy"][c].min(axis=1, keepdims=True)
              for _, arrays, c in columns]                               # [P, K] each
     scale = dict(cmap=figures.MAP, vmin=0, vmax=np.quantile(above, 0.95), origin="lower")

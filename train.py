@@ -12,7 +12,6 @@ Losses: teacher forcing + rollout, L1 on layer-normed latents (arXiv:2506.09985)
 """
 import importlib.util
 import math
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 
@@ -34,9 +33,11 @@ import lora
 import model
 from episodes.identity import trained_on
 from episodes.stored import check_store
+from evaluation.validation import Validation, evaluate, gradient_norms, weight_of  # noqa: F401
 from running import ranks
+from running.best import Best
 from running.checks import check_training
-from running.log import Logger, StepTimer
+from running.log import Logger, StepTimer, validations
 from running.mirror import Mirror
 from running.numbers import Watch
 from running.stop import StopSignal
@@ -135,11 +136,23 @@ def run(cfg, device, run_folder, mirror, picked=""):
     for line in [picked] * bool(picked) + loader.summary(clips_a_step * cfg.max_steps):
         logger.print(line)
     watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
+    earlier = ranks.gather_from_ranks(validations(out / "metrics.jsonl", start))[0]
+    validation, best = Validation(cfg, val_batches, autocast, device, earlier), Best(cfg, earlier)
+
+    def validate(step, gradients):
+        values = watch.validated(step, validation.measure(world))
+        logger.log(step, line=validation.line(values), **values, **gradients)
+        for line in validation.warnings(values):
+            logger.print(line)
+        if best.is_better(step, values):
+            checkpoint.save_best(run_folder, best, cfg, predictor, loader)
+        return values
+
     if cfg.val_every and not start:
-        logger.log(0, **watch.validated(0, evaluate(world, val_batches, cfg, autocast, device)))
+        validate(0, {})
 
     micro_step = partial(forward_backward, world, scaler=scaler, autocast=autocast,
-                         rollout=cfg.rollout, grad_accum=cfg.grad_accum)
+                         cfg=cfg)
     if accelerated:
         # Ranks talk after the last micro-batch only, so that the graph holds no communication.
         micro_step = fast.CUDAGraph(micro_step, trainable)
@@ -170,21 +183,22 @@ def run(cfg, device, run_folder, mirror, picked=""):
                 if watch.unsaved() and not gone:
                     checkpoint.save(run_folder, step, cfg, predictor, optimizer, scaler, place)
                 raise
+            done = step + 1
+            last = done == end
+            logging = last or done % cfg.log_every == 0
+            evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
+            gradients = gradient_norms(world) if evaluating else {}
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=not accelerated)        # a graph's gradients stay put
 
-            done = step + 1
             timer.count()
-            last = done == end
-            logging = last or done % cfg.log_every == 0
-            evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
             if logging:
-                logger.log(done, loss=sum(losses.values()), **losses, lr=lr_at(step, cfg),
-                           grad_norm=grad_norm, **watch.counts(), **timer.means(device))
+                loss = sum(weight_of(cfg, name) * value for name, value in losses.items())
+                logger.log(done, loss=loss, **losses, lr=lr_at(step, cfg), grad_norm=grad_norm,
+                           **watch.counts(), **timer.means(device))
             if evaluating:
-                values = evaluate(world, val_batches, cfg, autocast, device)
-                logger.log(done, **watch.validated(done, values))
+                values = validate(done, gradients)
             leaving = stop.leaving()
             saving = last or leaving or done % cfg.save_every == 0 or done in cfg.milestones
             if saving and (watch.worth_saving(last) or last or leaving):
@@ -200,41 +214,21 @@ def run(cfg, device, run_folder, mirror, picked=""):
             if leaving:
                 logger.print(f"stopped by a signal after step {done}; go on with --resume")
                 break
+    if cfg.val_every and last_save == end and start < end:
+        logger.print(validation.verdict(values, best.report()))
     logger.close()
     ranks.end()
     return out / f"step_{last_save}"
 
 
-def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum):
+def forward_backward(world, batch, *, scaler, autocast, cfg):
     """Adds a micro-batch's share of the gradient -> its losses, detached."""
     with autocast:
-        losses = world(**batch, rollout=rollout)
-        loss = sum(losses.values()) / grad_accum
+        losses = world(**batch, rollout=cfg.rollout if cfg.loss.rollout else 0)
+        loss = sum(weight_of(cfg, name) * value for name, value in losses.items())
+        loss = loss / cfg.grad_accum
     scaler.scale(loss).backward()                                   # scales nothing unless fp16
     return {name: value.detach() for name, value in losses.items()}
-
-
-@torch.no_grad()
-def evaluate(world, batches, cfg, autocast, device):
-    """Mean losses over the validation batches of all ranks: {"val_loss": their sum, "val_…"}, and
-    of several data sets "val_loss/NAME" for each. batches: a list, or {data set: a list}."""
-    world.eval()
-    sums, clips = Counter(), Counter()              # {(data set, loss): loss × clips}
-    for name, some in (batches if isinstance(batches, dict) else {"": batches}).items():
-        for batch in some:
-            with autocast:
-                losses = world(**{k: v.to(device) for k, v in batch.items()}, rollout=cfg.rollout)
-            n = len(batch["actions"])
-            sums.update({(name, loss): value.item() * n for loss, value in losses.items()})
-            clips[name] += n
-    world.train()
-    sums, clips = map(ranks.add_up, (sums, clips))      # a rank may have no clip
-    means, of_sets = Counter(), Counter()
-    for (name, loss), total in sums.items():
-        means[f"val_{loss}"] += total / clips.total()
-        of_sets[f"val_loss/{name}"] += total / clips[name]
-    total = {"val_loss": sums.total() / clips.total(), **means}
-    return total | of_sets if len(clips) > 1 else total
 
 
 def build_optimizer(cfg, trainable, device):

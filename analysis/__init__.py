@@ -11,6 +11,8 @@ frame; an energy is the mean L1 distance between latents.
     update_norm         [C]                 ||s B A|| / ||W|| over all adapted layers; 0 means that
                                             the adapter changes nothing
 
+    is_control          [C] int             1: trained with data.shuffle_actions
+
   the pairs
     episodes            [P] text            the clusters of the bootstrap
     states              [P, T, 7]           poses of the clip: metres, radians, gripper closedness
@@ -21,6 +23,14 @@ frame; an energy is the mean L1 distance between latents.
     planes              [n] text            the planes
     actions_xy          [P, K, 7]           the grid
     energy_xy           [C, P, K]           the landscape
+
+  direction apart from magnitude (S actions as long as the true one, R along it)
+    actions_shell       [P, S, 7]           directions spread over the sphere; rotation and gripper
+                                            are the truth's
+    energy_shell        [C, P, S]
+    ray_multiples       [R]                 of the true move, with 0 and 1
+    actions_ray         [P, R, 7]
+    energy_ray          [C, P, R]
 
   control: do actions matter?
     energy_true         [C, P]              energy of the true action
@@ -48,13 +58,22 @@ frame; an energy is the mean L1 distance between latents.
                                             with adapters of zeros (first pair, first plane);
                                             changes below it are numerical noise
 
-  the planners cem and gradient, absent if not run
+  L2 energies, the mean of the squares, beside each L1 energy
+    l2_xy, l2_true …    as energy_xy …
+    l2_horizon          [C, P, T-1]         as horizon_l1
+    l2_horizon_copy     [P, T-1]
+
+  the planners cem, cem_jepa_wms, mppi and gradient, absent if not run
+    plan_horizons       [H] int             how many frames ahead each plan looks
     cem_moves           [C, P, H, 3]        metres; sum of the planned moves, 1 … H frames ahead
     cem_energy          [C, P, H]           energy of the plan
     cem_seconds         [C, P, H]           seconds
     true_moves          [P, H, 3]           metres; the true displacement over as many frames
 
   the settings
+    context             [] int              frames that are known before the action
+    protocol, objective [] text             energy.protocol; the energy that planners lower
+    settings            [] text             fingerprint of pairs, weights and settings
     radius              []                  metres; half width of grids and of the planners' box
     steps, frame_step   []                  the goal lies steps x frame_step recorded frames on
     device, dtype, base [] text             GPU or CPU, precision, fingerprint of the base model

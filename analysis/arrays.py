@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from analysis.measures import AXES, COORDINATE_DECIMALS
+from analysis.table import PLANNERS
 from files.reading import shown
 
 
@@ -26,11 +27,24 @@ ARRAYS = {
 PLANE = {"actions_{}": "real P K_{} 7", "energy_{}": "real C P K_{}"}
 PLANNER = {"{}_moves": "real C P H 3", "{}_energy": "real C P H", "{}_seconds": "real C P H",
            "true_moves": "real P H 3"}
-OPTIONAL = {"frames": "u8 P 2 height width 3"}
+# Those of earlier versions lack some of these. A name of L2 energies begins with l2_.
+OPTIONAL = {
+    "frames": "u8 P 2 height width 3", "is_control": "int C", "plan_horizons": "int H",
+    "context": "int",
+    "protocol": "text", "objective": "text", "settings": "text", "l2_true": "real C P",
+    "l2_zero": "real C P", "l2_negatives": "real C P M", "l2_horizon": "real C P T-1",
+    "l2_horizon_copy": "real P T-1", "actions_shell": "real P S 7", "energy_shell": "real C P S",
+    "l2_shell": "real C P S", "actions_ray": "real P R 7", "ray_multiples": "real R",
+    "energy_ray": "real C P R", "l2_ray": "real C P R",
+}
+# Of those, arrays that come together.
+TOGETHER = [
+    {"l2_true", "l2_zero", "l2_negatives", "l2_horizon", "l2_horizon_copy", "l2_shell", "l2_ray",
+     "actions_shell", "energy_shell", "actions_ray", "ray_multiples", "energy_ray"}]
 
 # With a single pair there may be no action of another moment.
 MAY_BE_NAN = {"shuffled", "loss_shuffled", "update_norm"}
-AT_LEAST = {"C": 1, "P": 1, "n": 1, "T": 2, "H": 1, "F": 1}
+AT_LEAST = {"C": 1, "P": 1, "S": 1, "R": 2, "n": 1, "T": 2, "H": 1, "F": 1}
 
 
 def check(arrays):
@@ -45,14 +59,21 @@ def check(arrays):
             raise ValueError(f"planes holds {shown(plane)}, expected axes of xyz")
         for name, spec in PLANE.items():
             _check_array(arrays, name.format(plane), spec.format(plane), sizes)
+        if "l2_true" in arrays:
+            _check_array(arrays, f"l2_{plane}", PLANE["energy_{}"].format(plane), sizes)
         _check_grid(arrays[f"actions_{plane}"], plane)
-    for planner in ("cem", "gradient"):
+    for planner in PLANNERS:
         if f"{planner}_moves" in arrays:
             for name, spec in PLANNER.items():
                 _check_array(arrays, name.format(planner), spec, sizes)
     for name, spec in OPTIONAL.items():
         if name in arrays:
             _check_array(arrays, name, spec, sizes)
+    for names in TOGETHER:
+        if names & arrays.keys() and names - arrays.keys():
+            raise ValueError(f"has no array {min(names - arrays.keys())}")
+    if "ray_multiples" in arrays and not {0, 1} <= set(arrays["ray_multiples"].tolist()):
+        raise ValueError("ray_multiples lacks 0 or 1, no motion or the true action")
     for letter, least in AT_LEAST.items():
         if sizes.get(letter, least) < least:
             raise ValueError(f"its arrays have {letter} = {sizes[letter]}, expected {least} or "

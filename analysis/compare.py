@@ -16,51 +16,61 @@ import numpy as np
 
 from analysis import measures
 from analysis.measures import AXES, describe
+from analysis.table import PLANNERS, _row, group_title, table  # noqa: F401
+from analysis.table import cell_text as _cell  # noqa: F401
 from files import write_file
 
 
 # A percentile bootstrap over n episodes has C(2n - 1, n) distinct resamples: 3 for two episodes, 35
-# for four, 126 for five. Below five each 2.5 % tail consists of at most three of them: the interval
-# is rough, and no change is marked as significant.
+# for four, 126 for five. Below five each 2.5 % tail consists of at most three of them: no interval
+# is given, and no change is marked as significant.
 MIN_EPISODES = 5
-
-PLANNERS = {"cem": "CEM", "gradient": "gradient"}
+IGNORED = 1.002         # loss with shuffled / own actions: below this they make no difference
 
 # Action Score of jepa-wms (arXiv:2512.24497): 80 for a plan that ends at the true position, 0 from
 # 10 cm on.
 SCORE_SCALE, SCORE_REACH = 800, 0.1     # per metre, metres
-
-# Energies are float32. Changes below this are rounding, which the table shows as 0 and never marks.
-ROUNDING = 1e-8
-
-
-def group_title(group):
-    """"xy" -> "Δx–Δy"; "cem 2" -> "CEM, 2 steps"."""
-    if group == "model":
-        return "the model"
-    planner, _, horizon = group.partition(" ")
-    if horizon:
-        return f"{PLANNERS[planner]}, {horizon} step{'s' if horizon != '1' else ''}"
-    return "–".join(f"Δ{axis}" for axis in group)
 
 
 # Metrics of each pair
 
 def per_pair(arrays):
     """All metrics of all pairs: {(group, metric): [C, P]}."""
-    return _landscape_metrics(arrays) | _plan_metrics(arrays) | _model_metrics(arrays)
-
-
-def _landscape_metrics(arrays):
-    C, P = arrays["energy_true"].shape
-    out = {}
-    for plane in arrays["planes"].tolist():
-        actions, energy = arrays[f"actions_{plane}"], arrays[f"energy_{plane}"]
-        for c, p in np.ndindex(C, P):
-            found = measures.metrics(actions[p], energy[c, p], arrays["true_actions"][p])
-            for name, value in found.items():
-                out.setdefault((plane, name), np.empty((C, P)))[c, p] = value
+    out = (_landscape_metrics(arrays, "energy") | _direction_metrics(arrays, "energy")
+           | _plan_metrics(arrays) | _model_metrics(arrays, "energy"))
+    if "l2_true" in arrays:             # not in those of earlier versions
+        out |= (_landscape_metrics(arrays, "l2") | _direction_metrics(arrays, "l2")
+                | _model_metrics(arrays, "l2"))
     return out
+
+
+def _landscape_metrics(arrays, kind):
+    """kind: "energy", which is L1, or "l2"."""
+    out, l2 = {}, " L2" * (kind == "l2")
+    for plane in arrays["planes"].tolist():
+        actions, energy = arrays[f"actions_{plane}"], arrays[f"{kind}_{plane}"]
+        _of_each_pair(out, plane + l2, energy.shape[:2], lambda c, p: measures.metrics(
+            actions[p], energy[c, p], arrays["true_actions"][p]))
+    return out
+
+
+def _direction_metrics(arrays, kind):
+    """Among actions as long as the true one, and along it."""
+    out, group = {}, "direction" + " L2" * (kind == "l2")
+    if f"{kind}_shell" not in arrays:
+        return out
+    shell, ray, true = (arrays[f"{kind}_{name}"] for name in ("shell", "ray", "true"))
+    _of_each_pair(out, group, true.shape, lambda c, p: measures.shell(
+        arrays["actions_shell"][p, :, :3], shell[c, p], arrays["true_actions"][p, :3], true[c, p]
+    ) | measures.ray(arrays["ray_multiples"], ray[c, p]))
+    return out
+
+
+def _of_each_pair(out, group, shape, metrics):
+    """Adds metrics(c, p), a dict, of each checkpoint and pair to `out`."""
+    for c, p in np.ndindex(*shape):
+        for name, value in metrics(c, p).items():
+            out.setdefault((group, name), np.empty(shape))[c, p] = value
 
 
 def _plan_metrics(arrays):
@@ -71,12 +81,13 @@ def _plan_metrics(arrays):
         if f"{planner}_moves" not in arrays:
             continue
         moves = arrays[f"{planner}_moves"]                              # [C, P, H, 3] metres
-        for h in range(moves.shape[2]):
+        horizons = arrays.get("plan_horizons", 1 + np.arange(moves.shape[2])).tolist()
+        for h, steps in enumerate(horizons):
             truth = arrays["true_moves"][:, h]                          # [P, 3]
             distance = np.linalg.norm(moves[:, :, h] - truth, axis=-1)  # [C, P]
-            # each of the h + 1 moves may use the whole box
-            reachable = (np.abs(truth) <= (h + 1) * box).all(-1).astype(float)
-            group = f"{planner} {h + 1}"
+            # each move may use the whole box
+            reachable = (np.abs(truth) <= steps * box).all(-1).astype(float)
+            group = f"{planner} {steps}"
             out[group, "error"] = 100 * distance
             out[group, "score"] = np.maximum(0, SCORE_SCALE * (SCORE_REACH - distance))
             out[group, "reachable"] = np.tile(reachable, (C, 1))
@@ -84,18 +95,17 @@ def _plan_metrics(arrays):
     return out
 
 
-def _model_metrics(arrays):
-    C, P = arrays["energy_true"].shape
-    out = {("model", "margin"): np.empty((C, P)), ("model", "info_nce"): np.empty((C, P))}
-    for c, p in np.ndindex(C, P):
-        found = measures.contrast(arrays["energy_true"][c, p], arrays["energy_negatives"][c, p])
-        for name, value in found.items():
-            out["model", name][c, p] = value
-    out["model", "shuffle_ratio"] = arrays["loss_shuffled"] / arrays["loss"]
-    out["model", "zero_ratio"] = arrays["loss_zero"] / arrays["loss"]
-    for k in range(arrays["horizon_l1"].shape[2]):
-        ratio = arrays["horizon_l1"][:, :, k] / arrays["horizon_copy"][:, k]
-        out["model", f"copy_ratio_{k + 1}"] = ratio
+def _model_metrics(arrays, kind):
+    out, group, l2 = {}, "model" + " L2" * (kind == "l2"), "l2_" * (kind == "l2")
+    true, others = arrays[f"{kind}_true"], arrays[f"{kind}_negatives"]
+    _of_each_pair(out, group, true.shape, lambda c, p: measures.contrast(true[c, p], others[c, p]))
+    if not l2:
+        out[group, "shuffle_ratio"] = arrays["loss_shuffled"] / arrays["loss"]
+        out[group, "zero_ratio"] = arrays["loss_zero"] / arrays["loss"]
+    own = arrays["l2_horizon" if l2 else "horizon_l1"]
+    copy = arrays[f"{l2}horizon_copy"]
+    for k in range(own.shape[2]):
+        out[group, f"copy_ratio_{k + 1}"] = own[:, :, k] / copy[:, k]
     return out
 
 
@@ -107,13 +117,17 @@ def compare(arrays, values=None):
     values: the result of `per_pair`, if it is at hand. The keys:
 
         pairs, episodes     how many
-        checkpoints         name -> training_step, update_norm,
+        pair_episodes       name of each pair's episode
+        checkpoints         name -> training_step, update_norm, control (whether it is one),
                             numbers: group -> metric -> mean over pairs, low and high of its 95 %
                                 interval by cluster bootstrap over episodes, n defined pairs,
                             change: the same for the difference to the baseline, pair by pair,
-                            calibration: group -> W*, with the angle's interval
+                            calibration: group -> W*, with the angle's interval,
+                            marked: group -> whether a change may be marked at all; not by less than
+                                five episodes, nor where the controls contradict it
         controls            null: self-consistency of the baseline; oracle: encoder upper bound;
-                            chance: the value of each metric for a landscape of noise
+                            chance: the value of each metric for a landscape of noise,
+                            or of plans for no motion
         setting             of the analysis
         remarks             the lines of `find_warnings`"""
     values = per_pair(arrays) if values is None else values
@@ -122,41 +136,87 @@ def compare(arrays, values=None):
     return _to_json({
         "pairs": len(episodes),
         "episodes": len(set(episodes.tolist())),
+        "pair_episodes": episodes.tolist(),
         "checkpoints": {name: _checkpoint(arrays, values, c) for c, name in enumerate(names)},
         "controls": {
             "null": float(arrays["null_difference"]),
             "oracle": _encoder_upper_bound(arrays),
-            "chance": {
-                "rank": 50.0, "spearman": 0.0, "top1": 0.01, "top5": 0.05, "margin": 0.0,
-                "info_nce": float(np.log(1 + arrays["energy_negatives"].shape[2])),
-            },
+            "chance": _chance(arrays),
         },
-        "setting": {key: arrays[key].tolist()
-                    for key in ("radius", "steps", "frame_step", "device", "dtype", "base")},
+        "setting": {key: arrays[key].tolist() for key in (
+            "radius", "steps", "frame_step", "device", "dtype", "base", "context", "protocol",
+            "objective") if key in arrays},
         "remarks": find_warnings(arrays),
     })
+
+
+def _chance(arrays):
+    """{metric: what it is for a landscape of noise or, of plans, for a plan of no motion}."""
+    axes = [AXES.index(axis) for axis in arrays["planes"][0]]
+    off = (arrays[f"actions_{arrays['planes'][0]}"] - arrays["true_actions"][:, None])[..., axes]
+    found = {"rank": 50.0, "spearman": 0.0, "top1": 0.01, "top5": 0.05, "margin": 0.0,
+             "info_nce": float(np.log(1 + arrays["energy_negatives"].shape[2])),
+             "argmin_error": 100 * float(np.linalg.norm(off, axis=-1).mean()), "angle": 90.0,
+             "shell_percentile": 50.0, "shell_angle": 90.0, "shell_spearman": 0.0,
+             "shuffle_ratio": 1.0, "zero_ratio": 1.0, "copy_ratio_1": 1.0}
+    if "true_moves" in arrays:
+        still = np.linalg.norm(arrays["true_moves"][:, 0], axis=-1)             # [P] metres
+        found["error"] = 100 * float(still.mean())
+        found["score"] = float(np.maximum(0, SCORE_SCALE * (SCORE_REACH - still)).mean())
+    return found
 
 
 def _checkpoint(arrays, values, c):
     episodes = arrays["episodes"]
     mean, change = {}, {}
     for (group, name), value in values.items():
-        mean.setdefault(group, {})[name] = _interval(value[c], episodes)
+        mean.setdefault(group, {})[name] = interval(value[c], episodes)
         # Pair by pair: what makes a pair hard is in both and cancels, so that the interval is that
         # of the change alone.
-        change.setdefault(group, {})[name] = _interval(value[c] - value[0], episodes)
+        change.setdefault(group, {})[name] = interval(value[c] - value[0], episodes)
+    enough = len(set(episodes.tolist())) >= MIN_EPISODES
     return {
         "training_step": int(arrays["training_steps"][c]),
+        "control": bool(arrays["is_control"][c]) if "is_control" in arrays else False,
         "update_norm": float(arrays["update_norm"][c]),
         "numbers": mean,
         "change": change if c else {},
         "calibration": _calibrations(arrays, c),
+        "marked": {group: enough and not contradiction(mean, group) for group in mean},
     }
 
 
-def _interval(values, episodes):
+def contradiction(numbers, group):
+    """Why no change in a group is to be believed, in a few words, or "". numbers: those of a
+    checkpoint, group -> metric -> interval."""
+    # These are the controls themselves.
+    if group.startswith("model"):
+        return ""
+    if ignores_actions(numbers):
+        return "the model ignores the actions"
+    if numbers.get(group, {}).get("flat", {"mean": 0})["mean"] > 0.5:
+        return "most landscapes are flat"
+    return ""
+
+
+def ignores_actions(numbers):
+    """Whether nothing shows that a model uses the actions: with those of other moments its loss is
+    no larger, as far as the interval tells. False where that is not known."""
+    ratio = numbers["model"].get("shuffle_ratio", {"mean": None})
+    if ratio["mean"] is None or np.isnan(ratio["mean"]):
+        return False
+    low = ratio["low"]
+    return ratio["mean"] < IGNORED or (low is not None and not np.isnan(low) and low <= 1)
+
+
+def interval(values, episodes):
+    """{mean, low, high, n} of values [P], NaNs left out: the 95 % interval over episodes [P], NaN
+    with fewer than MIN_EPISODES of them."""
     mean, low, high = measures.cluster_bootstrap(values, episodes)
-    return {"mean": mean, "low": low, "high": high, "n": int(np.sum(~np.isnan(values)))}
+    known = ~np.isnan(values)
+    if len(set(np.asarray(episodes)[known].tolist())) < MIN_EPISODES:
+        low = high = np.nan
+    return {"mean": mean, "low": low, "high": high, "n": int(np.sum(known))}
 
 
 def _calibrations(arrays, c):
@@ -183,7 +243,7 @@ def _encoder_upper_bound(arrays):
         return {}
     found = [measures.metrics(arrays["oracle_actions"][p], arrays["oracle_energy"][p],
                               arrays["oracle_truth"][p]) for p in range(P)]
-    return {name: _interval([one[name] for one in found], arrays["episodes"])
+    return {name: interval([one[name] for one in found], arrays["episodes"])
             for name in ("argmin_error", "rank", "spearman")}
 
 
@@ -210,6 +270,12 @@ def find_warnings(arrays):
         lines.append(f"WARNING: the baseline differs from itself by up to {difference:.1e}: "
                      "smaller changes than that mean nothing")
     for plane in planes:
+        for c, name in enumerate(names):
+            energy = arrays[f"energy_{plane}"][c]
+            n_flat = np.sum(np.ptp(energy, axis=1) < measures.FLAT_SHARE * energy.mean(axis=1))
+            if n_flat:
+                lines.append(f"{group_title(plane)}, {name}: {n_flat} of {P} landscapes are flat, "
+                             "within 1 % of their mean: where their minimum lies means little")
         axes = [AXES.index(axis) for axis in plane]
         reach = np.abs(arrays["true_actions"][:, axes]).max(axis=1)             # [P] metres
         n_outside = np.sum(reach > radius + measures.TOLERANCE)
@@ -223,8 +289,8 @@ def find_warnings(arrays):
         lines.append(f"{P} pair{'s' * (P > 1)} of one episode: no interval can be given; more "
                      "episodes are needed")
     elif n_episodes < MIN_EPISODES:
-        lines.append(f"only {n_episodes} episodes: the intervals are rough, and no change is "
-                     "marked")
+        lines.append(f"only {n_episodes} episodes: no interval is given and no change is marked; "
+                     f"that needs {MIN_EPISODES}")
     return lines
 
 
@@ -237,114 +303,6 @@ def _to_json(value):
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return value
-
-
-# The table in the terminal
-
-def table(result, groups=None):
-    """The comparison as text: the mean of each metric over the pairs and its interval, then the
-    change against the baseline on the same pairs; * where its interval excludes zero.
-
-    groups: those to show, such as ("xy", "cem 1"); None shows all."""
-    checkpoints, setting = result["checkpoints"], result["setting"]
-    names = list(checkpoints)
-    baseline, adapters = names[0], names[1:]
-    rows = []       # (title, one cell a checkpoint)
-    for group, found in checkpoints[baseline]["numbers"].items():
-        if groups and group not in groups:
-            continue
-        shown = _shown(found)
-        rows += [("",), (group_title(group), *names)]
-        for name in shown:
-            cells = [checkpoints[c]["numbers"][group][name] for c in names]
-            rows.append(_row(name, cells, result))
-        if adapters:
-            rows.append((f"  change against {baseline}", "", *adapters))
-        for name in shown:
-            if adapters and describe(name).has_change:
-                cells = [checkpoints[c]["change"][group][name] for c in adapters]
-                rows.append(_row(name, [None, *cells], result, star=True))
-    rows += [("",), ("W*: rotation from inferred to true actions", *names)]
-    for group in checkpoints[baseline]["calibration"]:
-        fits = [checkpoints[name]["calibration"][group] for name in names]
-        cells = [_cell({"mean": fit["angle"], "low": fit["angle_low"], "high": fit["angle_high"]},
-                       digits=0) for fit in fits]
-        rows.append((f"  {group_title(group)}, degrees", *cells))
-
-    head = [f"{result['pairs']} pairs of {result['episodes']} episodes; the goal lies "
-            f"{setting['steps']} x {setting['frame_step']} recorded frames after the context",
-            "mean over pairs [95 % interval by cluster bootstrap over episodes]"]
-    warnings = ["", *result["remarks"]] if result["remarks"] else []
-    return "\n".join([*head, *_aligned(rows), "", *_control_lines(result["controls"]), *warnings])
-
-
-def _shown(names):
-    """The metrics in the table; of the ratios by horizon the first and the last, between which the
-    others lie."""
-    by_horizon = [name for name in names if name.startswith("copy_ratio_")]
-    return [name for name in names
-            if describe(name).in_table and name not in by_horizon[1:-1]]
-
-
-def _row(name, cells, result, star=False):
-    metric = describe(name)
-    texts = []
-    for cell in cells:
-        text = "" if cell is None else _cell(cell, metric.digits)
-        if cell and cell["mean"] is not None and cell["n"] < result["pairs"]:
-            text += f" n={cell['n']}"
-        if star and result["episodes"] >= MIN_EPISODES:
-            defined = cell and cell["low"] is not None
-            differs = defined and (cell["low"] > ROUNDING or cell["high"] < -ROUNDING)
-            text += "*" if differs else " "
-        texts.append(text)
-    title = f"  {metric.label}, {metric.unit}" if metric.unit else f"  {metric.label}"
-    return (title, *texts)
-
-
-def _aligned(rows):
-    """Rows of (title, cell, cell, …) as lines of equal columns, 30 characters or wider."""
-    first = max(len(title) for title, *_ in rows)
-    width = max(30, *(len(cell) + 2 for _, *cells in rows for cell in cells))
-    return [f"{title:<{first}}{''.join(f'{cell:>{width}}' for cell in cells)}".rstrip()
-            for title, *cells in rows]
-
-
-def _control_lines(controls):
-    bound = [f"{describe(name).label} {_cell(cell, describe(name).digits)}"
-             for name, cell in controls["oracle"].items()]
-    chance = [f"{describe(name).label} {value:.3g}" for name, value in controls["chance"].items()]
-    return ["controls",
-            f"  self-consistency of the baseline: largest difference {controls['null']:g}",
-            "  encoder upper bound (real frames): "
-            + (", ".join(bound) or "undefined, a clip holds too few frames"),
-            "  chance: " + ", ".join(chance)]
-
-
-def _cell(cell, digits):
-    """"mean [low, high]", all with the same number of decimals: `digits`, or more where these would
-    leave a mean below 1 fewer than two significant digits."""
-    if cell["mean"] is None:
-        return "undefined"
-    values = [cell[key] for key in ("mean", "low", "high") if cell[key] is not None]
-    widest = max(values, key=abs)
-    if abs(widest) < ROUNDING:
-        # 0 is no difference at all, as with an adapter of zeros; 0.00 is a small one
-        texts = ["0" for _ in values]
-    else:
-        # A mean far smaller than its interval is zero as far as anybody can tell: it gets one
-        # decimal more than the interval needs, and no endless row of zeros.
-        needed = min(_two_digits(cell["mean"] or widest), _two_digits(widest) + 1)
-        # + 0.0 turns -0.0 into 0.0
-        texts = [f"{value + 0.0:.{max(digits, needed)}f}" for value in values]
-    mean, *interval = texts
-    return f"{mean} [{', '.join(interval)}]" if interval else mean
-
-
-def _two_digits(value):
-    """Decimals that show two significant digits of a value below 1; 0 from 1 on."""
-    exponent = int(f"{value:.1e}".partition("e")[2])
-    return 1 - exponent if exponent < 0 else 0
 
 
 # Files

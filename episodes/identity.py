@@ -92,9 +92,22 @@ def record(episode):
     return {"name": episode.name, "moments": sorted(moments(episode.poses))[:N_MOMENTS]}
 
 
-def trained_on_file(episodes):
-    """The bytes of trained_on.json. episodes: {`of_poses`: `record`}."""
-    return json.dumps({"episodes": dict(sorted(episodes.items()))}, indent=0).encode()
+def trained_on_file(episodes, shuffled_actions=False):
+    """The bytes of trained_on.json. episodes: {`of_poses`: `record`}; shuffled_actions: whether
+    their images had the actions of others, as for a control."""
+    content = {"episodes": dict(sorted(episodes.items()))}
+    if shuffled_actions:
+        content["shuffled_actions"] = True
+    return json.dumps(content, indent=0).encode()
+
+
+def trained_with_shuffled_actions(folder):
+    """Whether an adapter in a folder is a control (data.shuffle_actions). Raises ValueError."""
+    try:
+        content = read_json(os.path.join(folder, TRAINED_ON), limit=1 << 30)
+    except FileNotFoundError:
+        return False
+    return isinstance(content, dict) and content.get("shuffled_actions") is True
 
 
 def trained_on(folder):

@@ -7,21 +7,24 @@ from tqdm import tqdm
 
 from episodes.identity import SHARED, trained_on
 from episodes.poses import pose_deltas
+from files import say_once
 
 
 def choose_clips(loaders, cfg):
-    """Validation clips whose first frame is a context and whose frame energy.steps is its goal.
+    """Validation clips whose first energy.context frames are the context, and of which the frame
+    energy.steps after those is the goal.
 
     loaders: {name of a data set: a Clips that gives them in order}. Returns P dicts with frames
     [3, T, S, S] uint8 or h [T, N, D], states, actions [T, 7], episode (its name) and identity
     (`identity.of_poses`). At most energy.per_episode of an episode, evenly over its length. Raises
     ValueError if there is none, with the reason."""
     e = cfg.energy
-    horizon = max(e.steps, e.horizon if e.planners else 1)
-    if cfg.data.clip_frames <= horizon:
+    now, horizon = e.context - 1, max(e.steps, e.horizon if e.planners else 1)
+    if cfg.data.clip_frames <= now + horizon:
         raise ValueError(f"data.clip_frames {cfg.data.clip_frames} is too few: energy.steps and "
-                         f"energy.horizon look {horizon} frames ahead; set "
-                         f"--data.clip_frames={horizon + 1} or more")
+                         f"energy.horizon look {horizon} frames ahead of {e.context} context "
+                         f"frame{'s' * (now > 0)}; set "
+                         f"--data.clip_frames={now + horizon + 1} or more")
     if not cfg.data.val_fraction and not cfg.data.val_episodes:
         raise ValueError("data.val_fraction is 0: there is no episode to measure on; "
                          "--data.val_fraction=1 takes all, also those of training, "
@@ -32,7 +35,7 @@ def choose_clips(loaders, cfg):
         most = len(chosen) + -(-(e.pairs - len(chosen)) // left)
         for _, clips in groupby(loader.clips(), key=lambda clip: clip["episode"]):
             clips = list(clips)
-            moving = [clip for clip in clips if _moved(clip["states"], e.steps) >= e.min_move]
+            moving = [clip for clip in clips if _moved(clip["states"][now:], e.steps) >= e.min_move]
             n_still += len(clips) - len(moving)
             n_episodes += bool(moving)
             evenly = np.linspace(0, len(moving) - 1, min(e.per_episode, len(moving)))
@@ -60,7 +63,8 @@ def _note_radius(cfg, clips):
     """Says where grid and moves do not fit each other: the true action outside of most landscapes,
     or all true actions within a few of its points."""
     e = cfg.energy
-    truth = np.stack([true_action(clip["states"].numpy(), e.steps)[:3] for clip in clips])
+    truth = np.stack([true_action(clip["states"].numpy()[e.context - 1:], e.steps)[:3]
+                      for clip in clips])
     largest = abs(truth).max(axis=1)                                    # [P] m
     outside = (largest > e.radius).mean()
     fitting = np.quantile(largest, 0.95)
@@ -86,7 +90,7 @@ def seen_in_training(clips, adapters, allowed):
     for row, adapter in zip(seen, adapters):
         episodes = trained_on(adapter) if adapter != "baseline" else {}
         if episodes is None:
-            tqdm.write(f"{adapter}: does not say on which episodes it was trained")
+            say_once(f"{adapter}: does not say on which episodes it was trained")
         seen_moments = {one for episode in (episodes or {}).values() for one in episode["moments"]}
         row[:] = [clip["identity"] in (episodes or ())
                   or len(clip["moments"] & seen_moments) >= SHARED for clip in clips]

@@ -9,6 +9,7 @@ Resuming reads a round again, not the epoch.
 """
 import threading
 import zlib
+from collections import Counter
 from contextlib import closing
 from itertools import zip_longest
 from typing import NamedTuple
@@ -151,3 +152,19 @@ def in_todays_order(state, n_files):
     say_once("the order of clips is another one since this run was saved: it goes on at the "
              f"beginning of epoch {epoch}")
     return {"epoch": epoch, "count": state["count"]}
+
+
+def with_others_poses(clips):
+    """The Clips of a round, each with the states and actions of another one: of another episode,
+    unless more than half of the round are of one. Raises ValueError for a single clip."""
+    order = sorted(range(len(clips)), key=lambda i: clips[i].episode.name)
+    of_one = max(Counter(clip.episode.name for clip in clips).values())
+    # Sorted by episodes, no clip this far away is of the same one.
+    shift = min(of_one, len(clips) // 2)
+    if not shift:
+        raise ValueError(f"{clips[0].episode.location}: data.shuffle_actions needs two clips or "
+                         "more to exchange their actions; raise --data.shuffle_buffer")
+    mixed = list(clips)
+    for i, j in zip(order, order[shift:] + order[:shift]):
+        mixed[i] = clips[i]._replace(states=clips[j].states, actions=clips[j].actions)
+    return mixed

@@ -65,7 +65,7 @@ def accelerate(world, cfg, compiled=True):
     compile_blocks(world.predictor.predictor_blocks)
     if world.encoder is not None:
         compile_blocks(world.encoder.blocks)
-    for name in ("l1", "l1_of_raw", "layer_norm"):
+    for name in ("l1_and_l2", "l1_of_raw", "layer_norm"):
         setattr(world, name, torch.compile(getattr(world, name), dynamic=False))
     world.predictor.write_merged = torch.compile(write_merged, dynamic=False)
 
@@ -78,7 +78,7 @@ def restore(world):
             drop_merged(module)
         if module._compiled_call_impl is not None:
             module._compiled_call_impl = None
-    for name in ("l1", "l1_of_raw", "layer_norm"):
+    for name in ("l1_and_l2", "l1_of_raw", "layer_norm"):
         vars(world).pop(name, None)
     for name in ("activation_checkpointing", "write_merged", "merges"):
         vars(world.predictor).pop(name, None)

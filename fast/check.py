@@ -80,7 +80,7 @@ def _results(world, batch, rollout):
             next_ = world.predict(h[:, 2:], actions[:, 2:], states[:, 2:], kv_cache)
             predictions = torch.cat([first, next_], dim=1)
             results["predictions" if mode else "predictions in eval mode"] = predictions
-        results["energies"] = world.distance(predictions, h)
+        results["energies"] = world.distances(predictions, h)
     return results
 
 

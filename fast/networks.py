@@ -193,22 +193,23 @@ def l1_of_raw(z, h):
     return (model.layer_norm(z) - h.float()).abs().flatten(1).mean(dim=1)
 
 
-def l1(z, h):
-    """`WorldModel.distance`."""
-    return (z - h.float()).abs().flatten(1).mean(dim=1)
+def l1_and_l2(z, h):
+    """`WorldModel.distances`."""
+    d = (z - h.float()).flatten(1)
+    return torch.stack([d.abs().mean(dim=1), d.square().mean(dim=1)], dim=1)
 
 
 class FastWorldModel(model.WorldModel):
     # `fast.accelerate` puts compiled ones here.
-    l1, l1_of_raw = staticmethod(l1), staticmethod(l1_of_raw)
+    l1_and_l2, l1_of_raw = staticmethod(l1_and_l2), staticmethod(l1_of_raw)
     layer_norm = staticmethod(model.layer_norm)
 
     def predict(self, h, actions, states, kv_cache=None):
         z = self.predictor(h.flatten(1, 2), actions, states, kv_cache)
         return self.layer_norm(z).unflatten(1, h.shape[1:3])                    # [B, T, N, D]
 
-    def distance(self, z, h):
-        return self.l1(z, h)
+    def distances(self, z, h):
+        return self.l1_and_l2(z, h)
 
     def losses(self, h, actions, states, rollout=2):
         """`WorldModel.losses`, with no time step computed twice: teacher forcing keeps the keys and

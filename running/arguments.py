@@ -13,6 +13,9 @@ from files.text import BOOLS, expand_home
 
 DASHES = "-‐‑‒–—―−"         # what text editors and chats make of two hyphens
 RUN = "give a run folder that train.py wrote"
+BEST = "best"               # step_best, of what validation found
+FLAGS = ("all",)            # options without a value …
+REPEATED = ("over",)        # … and with several
 
 
 def split(args, options, defaults):
@@ -40,8 +43,16 @@ def split(args, options, defaults):
                 and not os.path.exists(following)):
             raise ValueError(f"{arg} {following}".rstrip() + f": write --{name}=VALUE, with one = "
                              "and no spaces")
+        if name in FLAGS and name in options:
+            if value:
+                raise ValueError(f"--{name} takes no value: {options[name]}")
+            given.options[name] = True
+            continue
         if not equals and _is_value(following, name, defaults.get(name), known):
             equals, value = "=", waiting.pop(0)
+        if name in REPEATED and name in options and value:
+            given.options.setdefault(name, []).append(value)
+            continue
         if name in options:
             if not value or given.options.setdefault(name, value) != value:
                 raise ValueError(f"--{name} needs one value: {options[name]}")
@@ -96,14 +107,17 @@ def is_step(path):
 
 
 def step_folders(run, text):
-    """The folders of --steps=0,50 in a run folder; step 0 may be missing. Raises ValueError."""
+    """The folders of --steps=0,50,best in a run folder; step 0 may be missing. Raises
+    ValueError."""
     steps = [step.strip().removeprefix("step_") for step in text.strip("[]").split(",")]
-    if not all(step.isascii() and step.isdigit() for step in steps):
-        raise ValueError(f"--steps={text}: give whole numbers, such as --steps=0,5000")
-    folders = [Path(run, f"step_{int(step)}") for step in dict.fromkeys(steps)]
+    if not all(step == BEST or step.isascii() and step.isdigit() for step in steps):
+        raise ValueError(f"--steps={text}: give whole numbers, such as --steps=0,5000, or best")
+    folders = [Path(run, f"step_{step if step == BEST else int(step)}")
+               for step in dict.fromkeys(steps)]
     for folder in folders:
         if not folder.is_dir() and folder.name != "step_0":
             found = [f"step_{step}" for step in steps_of(run)]
+            found += ["step_best"] * Path(run, "step_best").is_dir()
             raise ValueError(f"{folder}: no such step; {run} has {', '.join(found) or 'no step'}")
     return folders
 

@@ -4,6 +4,7 @@ running/script.py shows how the scripts use it. Imports neither PyTorch nor Tens
 seconds: help, a typo or a wrong path is answered before. Every script takes a run folder in place
 of a recipe. Errors are one line, with exit code 1.
 """
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,16 @@ import config
 from episodes.retry import is_remote
 from files.text import expand_home
 from running import stop
-from running.arguments import RUN, is_step, load, main_steps, run_folder, split, step_folders
+from running.arguments import (
+    DASHES,
+    RUN,
+    is_step,
+    load,
+    main_steps,
+    run_folder,
+    split,
+    step_folders,
+)
 from running.checks import check_adapter, check_base, check_sources, check_target, check_training
 
 
@@ -32,7 +42,11 @@ OPTIONS = {
         "steps": "of the run folder, as in --steps=50,200; if neither these nor --adapters are "
                  "given, its milestones and the newest one",
         "adapters": "folders of adapters, as in --adapters=runs/x/step_50,other",
-        "from": "landscapes.npz: metrics and figures again, from the energies in it"},
+        "from": "landscapes.npz: metrics and figures again, from the energies in it",
+        "over": "probe: a key and its values, as in --over=data.frame_step=4,8,15; several --over "
+                "make all combinations",
+        "expected": "check: a JSON file of values to expect, in place of the released weights'",
+        "all": "all metrics of all groups below the verdict"},
     "export.py": {
         "dtype": "slim: bf16 (default), fp16 or fp32",
         "steps": "package: as in --steps=0,5000 (0 is the base model); by default 0, the "
@@ -186,10 +200,20 @@ def _latents(given):
 
 
 def _energy(given):
-    """Adds `source`, or `cfg`, `adapters` and what to say about their choice, `note`."""
+    """Adds `command` ("", check or probe), and `source`, or `cfg`, `adapters` and what to say about
+    their choice, `note`."""
     options, given.source, given.adapters = given.options, "", []
+    given.command, given.all = "", "all" in options
+    if given.paths[:1] in (["check"], ["probe"]) and not os.path.exists(given.paths[0]):
+        given.command, *given.paths = given.paths
+    for name, command in (("over", "probe"), ("expected", "check")):
+        if name in options and given.command != command:
+            raise ValueError(f"--{name} applies to energy.py {command}")
+    if given.command == "check":
+        return _check(given)
     if "from" in options:
-        others = [*given.paths, *given.keys, *(f"--{name}" for name in options if name != "from")]
+        others = [*given.paths, *given.keys,
+                  *(f"--{name}" for name in options if name not in ("from", "all"))]
         if others:
             raise ValueError(f"{others[0]}: --from reads arrays alone, no settings apply")
         given.source = expand_home(options["from"])
@@ -219,7 +243,47 @@ def _energy(given):
             check_adapter(adapter)
     check_sources(config.flat(cfg))
     check_target(cfg.out_dir, folder=True)
+    if given.command == "probe":
+        given.combinations = _combinations(given)
     return given
+
+
+def _check(given):
+    """Adds `cfg` with the file in it."""
+    usage = "python energy.py check vjepa2-ac-vitg.pt"
+    others = [f"--{name}" for name in given.options if name != "expected"]
+    if others:
+        raise ValueError(f"{others[0]} does not apply to check: {usage}")
+    if len(given.paths) != 1:
+        raise ValueError(f"check takes one file, got {len(given.paths)}: {usage}")
+    given.cfg = config.load([*given.keys, f"--model.checkpoint={given.paths[0]}"])
+    given.debug = given.cfg.debug
+    check_base(given.cfg.model.checkpoint)
+    return given
+
+
+def _combinations(given):
+    """[(what is set, as text; the Config)] of all combinations of --over. Raises ValueError."""
+    usage = "such as --over=data.frame_step=4,8,15"
+    if not given.options.get("over"):
+        raise ValueError(f"probe needs --over, {usage}")
+    choices = []
+    for text in given.options["over"]:
+        name, _, values = text.partition("=")
+        name = name.lstrip(DASHES).replace("-", "_")
+        if not name.startswith(("data.", "energy.")) or not values:
+            raise ValueError(f"--over={text}: takes a key of data or energy and its values, "
+                             f"{usage}")
+        # Commas within brackets belong to one value.
+        values = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
+        choices.append([f"{name}={value.strip()}" for value in values])
+    found = []
+    for chosen in itertools.product(*choices):
+        keys = [*given.keys, *(f"--{one}" for one in chosen)]
+        cfg = load(SimpleNamespace(paths=given.paths, keys=keys))
+        check_sources(config.flat(cfg))
+        found.append((" ".join(one.rpartition(".")[2] for one in chosen), cfg))
+    return found
 
 
 def _droid(given):

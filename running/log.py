@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,8 +87,9 @@ class Logger:
                    f"= {clips} clips a step; {cfg.out_dir} from step {start} to {end}"
                    + (f", of {cfg.max_steps} planned" if end < cfg.max_steps else ""))
 
-    def log(self, step, **values):
-        """Values are plain numbers: milliseconds, GiB, losses."""
+    def log(self, step, line="", **values):
+        """Values are plain numbers: milliseconds, GiB, losses. line: what the terminal shows of
+        them; all of them if none is given."""
         if not self.main:
             return
         values = {key: float(value) for key, value in values.items()}
@@ -100,7 +101,7 @@ class Logger:
             self.print(f"{self.path}: step {step} was not logged: {error.strerror}")
         width = len(str(self.total))
         cells = (f"{key} {_short(value):>8}" for key, value in values.items())
-        self.print(f"step {step:>{width}}/{self.total}  " + "  ".join(cells))
+        self.print(f"step {step:>{width}}/{self.total}  " + (line or "  ".join(cells)))
         if self.tensorboard:
             for key, value in values.items():
                 self.tensorboard.add_scalar(key, value, step)
@@ -115,6 +116,18 @@ class Logger:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def validations(path, start):
+    """The lines of a metrics.jsonl up to step `start` that hold a validation, as dicts; [] without
+    such a file."""
+    found = []
+    with suppress(OSError):
+        for line in open(path, "rb"):
+            if b'"val_loss"' in line and (_step_of(line) or 0) <= start:
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+    return [entry for entry in found if "step" in entry]
 
 
 def _step_of(line):

@@ -105,6 +105,11 @@ def _first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def rank():
+    """The number of this process among those of torchrun; 0 for a process alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather_from_ranks(value):
     """[value of each rank], on all ranks; any object that pickle takes."""
     if not dist.is_initialized():

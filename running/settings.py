@@ -16,7 +16,8 @@ import lora
 ON_EACH_START = {"out_dir", "resume", "init", "stop_at", "debug", "device", "memory"}
 MAY_CHANGE = {
     "max_steps", "schedule", "lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay",
-    "grad_clip", "log_every", "val_every", "val_batches", "save_every", "keep", "milestones",
+    "grad_clip", "log_every", "val_every", "val_batches", "val_landscapes", "best",
+    "save_every", "keep", "milestones",
     "activation_checkpointing", "compile", "gcs_dir", "gcs_minutes", "tensorboard",
     "wandb", "dist_timeout_minutes", "data.retry_minutes", "data.max_bad_share",
     "data.read_ahead_mb", "data.cache", "data.cache_gb",

@@ -17,6 +17,19 @@ def quadratic(actions, centre=TRUE, turn=0.0, curvatures=(4.0, 16.0, 9.0)):
     return 1 + 0.5 * (d ** 2 * np.array(curvatures)).sum(-1)
 
 
+def test_what_is_better_and_what_chance_gives_is_said_of_each_metric():
+    assert list(measures.METRICS) == [*measures.LANDSCAPE_METRICS, *measures.DIRECTION_METRICS,
+                                      *measures.PLAN_METRICS, *measures.MODEL_METRICS]
+    for name, metric in measures.METRICS.items():
+        assert metric.better in ("lower", "higher", ""), name
+        assert metric.chance is None or metric.better, name
+    assert measures.describe("copy_ratio_3").chance == 1
+    assert measures.describe("copy_ratio_3").better == "lower"
+    # rows are told apart by their titles
+    titles = [metric.label for metric in measures.METRICS.values()]
+    assert len(set(titles)) == len(titles)
+
+
 # One landscape
 
 @pytest.mark.parametrize("axes, points", [("xy", 21), ("xz", 21), ("yz", 21), ("xyz", 11)])
@@ -41,6 +54,8 @@ def test_every_metric_has_a_line_in_the_table_of_metrics_and_the_other_way_round
     actions = grid("xy", 0.1, 5)
     found = measures.metrics(actions, quadratic(actions), TRUE)
     assert list(found) == list(measures.LANDSCAPE_METRICS)
+    found = (measures.shell(np.eye(3), [1, 2, 3], [0, 0, 1], 2) | measures.ray([0, 1], [1, 2]))
+    assert list(found) == list(measures.DIRECTION_METRICS)
     assert set(measures.contrast(0.1, [0.5])) <= set(measures.MODEL_METRICS)
     assert measures.describe("rank").unit == "%"
     assert measures.describe("copy_ratio_12").label.endswith("frame 12")
@@ -84,9 +99,11 @@ def test_a_landscape_turned_by_90_degrees_has_its_minimum_at_the_turned_action()
 
 def test_a_constant_landscape_is_undefined():
     actions = grid("xy", 0.1, 21)
-    out = measures.metrics(actions, np.full(len(actions), 0.7), TRUE)
-    defined = ("truth_in_range", "range", "std", "relative_range")
-    assert all(np.isnan(value) for name, value in out.items() if name not in defined)
+    defined = ["truth_in_range", "range", "std", "relative_range", "flat"]
+    for value in (0.7, 0.0, -0.7):
+        out = measures.metrics(actions, np.full(len(actions), value), TRUE)
+        assert [name for name in out if not np.isnan(out[name])] == defined
+        assert out["range"] == out["relative_range"] == 0 and out["flat"] == 1
     rounding = 0.7 + 1e-8 * np.random.default_rng(0).normal(size=len(actions))
     assert np.isnan(measures.metrics(actions, rounding, TRUE)["argmin_error"])
 

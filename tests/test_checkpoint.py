@@ -68,7 +68,8 @@ def test_rotation_removes_links_and_not_what_they_lead_to(base, run, tmp_path):
     (run / "step_9.tmp").write_text("")
     before = contents(tmp_path / "elsewhere")
     train.train(recipe(base, run, "--resume", "--max_steps=3", "--keep=1"))
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "step_3"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "step_3", "step_best"]
     assert not (run / "step_3").is_symlink() and contents(tmp_path / "elsewhere") == before
 
 

@@ -389,12 +389,8 @@ def test_a_run_folder_through_export_and_energy(base, tmp_path, monkeypatch, cap
     export.main(["merge", "runs/x/step_4", "merged.pt"])
     export.main(["package", "runs/x", "--trajectories=1"])
     assert export.verify(export.PACKAGE)["steps"] == [0, 4] and Path("merged.pt").exists()
-    asked = []
-    monkeypatch.setattr(energy, "analyse", lambda *args: asked.append(args) or {})
-    monkeypatch.setattr(energy, "report", lambda *_: None)
-    monkeypatch.setattr(energy.compare, "table", lambda _: "a table")
-    energy.main(["runs/x", "--energy.pairs=1"])
-    [(cfg, adapters, path)] = asked
-    assert (cfg.model.checkpoint, cfg.data.frame_step, cfg.energy.pairs) == ("base.pt", 1, 1)
-    assert (adapters, path) == (["runs/x/step_4"], Path("runs/x/energy/landscapes.npz"))
+    energy.main(["runs/x", "--energy.pairs=1", "--energy.planners=[]", "--energy.grid=5"])
+    arrays = energy.load("runs/x/energy/step_4/landscapes.npz")
+    assert arrays["checkpoints"].tolist() == ["baseline", "step_4"]
+    assert len(arrays["episodes"]) == 1 and arrays["frame_step"] == 1
     assert "runs/x: its milestones and the newest step" in capsys.readouterr().out

@@ -239,7 +239,7 @@ MISTAKES = [
     ("--schedule=wsd --decay_steps=9999", "decay_steps", "above max_steps"),
     ("--energy.planes=", "energy.planes", "is empty; give one"),
     ("--energy.planes=xx", "energy.planes", "choose from xy, xz, yz, xyz"),
-    ("--energy.planners=best", "energy.planners", "choose from cem, gradient"),
+    ("--energy.planners=best", "energy.planners", "choose from cem, cem_jepa_wms, mppi, gradient"),
     ("--data.val_fraction=2", "data.val_fraction", "at most 1"),
     ("--out_dir=gs://bucket/run", "out_dir", "--gcs_dir=gs://"),
     ("--gcs_dir=/tmp", "gcs_dir", "must start with gs://"),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import energy
+import evaluation.analysis
 import lora
 import model
 from analysis.planners import cem, gradient_plan
@@ -35,7 +36,7 @@ def test_planners_find_the_minimum_to_2_mm(planner, horizon):
     plan = planner(distance_to_true, horizon=horizon)
     assert plan.actions.shape == (horizon, 7)
     assert np.linalg.norm(plan.actions[:, :3].sum(0) - TRUE[:3]) < 0.002
-    assert np.abs(plan.actions[:, :3]).max() <= 0.075 + 1e-7 and (plan.actions[:, 3:] == 0).all()
+    assert np.abs(plan.actions[:, :3]).max() <= 0.075 + 1e-7 and (plan.actions[:, 3:6] == 0).all()
     again = distance_to_true(torch.from_numpy(plan.actions)[None]).item()
     assert plan.energy == pytest.approx(again, abs=1e-6) and plan.seconds > 0
 
@@ -311,8 +312,8 @@ def test_a_trajectory_without_states_is_named_and_the_others_are_used(base, tmp_
 @pytest.fixture
 def short_gradient_plans(monkeypatch):
     """Few iterations where the gradient planner only has to run: what it finds is tested above."""
-    monkeypatch.setattr(energy, "GRADIENT_STARTS", 2)
-    monkeypatch.setattr(energy, "GRADIENT_ITERATIONS", 4)
+    short = partial(gradient_plan, starts=2, iterations=4)
+    monkeypatch.setattr(evaluation.analysis, "gradient_plan", short)
 
 
 def test_the_command_line_and_again_without_a_model(base, analysed, tmp_path, capsys, monkeypatch,
@@ -322,13 +323,14 @@ def test_the_command_line_and_again_without_a_model(base, analysed, tmp_path, ca
         "config.yaml", f"--out_dir={tmp_path}/run", f"--model.checkpoint={base}/base.pt",
         "--model.size=tiny", "--device=cpu", f"--data.path={base}/data", "--data.crop=none",
         "--data.frame_step=1", "--data.clip_frames=4", "--precision=fp32", *SMALL,
-        f"--adapters=baseline,{folder}/step_0,{folder}/step_20"])
+        f"--adapters=baseline,{folder}/step_0,{folder}/step_20", "--all",
+        "--energy.planners=[cem, gradient]"])
     out = capsys.readouterr().out
     assert "WARNING: step_0: B is zero in all its layers" in out
     assert "4 pairs of 2 episodes" in out
     assert "Δx–Δz" in out and "CEM, 1 step" in out
     assert "self-consistency of the baseline: largest difference 0" in out
-    written = tmp_path / "run/energy"
+    written = tmp_path / "run/energy/step_0+step_20"
     assert {path.name for path in written.iterdir()} == {
         "landscapes.npz", "metrics.csv", "comparison.json", "landscapes_xy.png",
         "landscapes_xz.png", "surface_xy.png", "distance.png", "over_steps.png", "horizon.png"}
@@ -355,8 +357,8 @@ def test_the_real_pair_as_one_trajectory(franka, tmp_path, capsys, short_gradien
         "--energy.cem_iterations=2", "--energy.cem_elites=4"])
     out = capsys.readouterr().out
     assert "1 pair of one episode: no interval can be given" in out
-    assert "1 of 1 true actions lie outside ±7.5 cm" in out
-    assert "undefined" in out and (tmp_path / "energy/landscapes_xy.png").exists()
+    assert "1 of 1 true actions lie outside ±7.5 cm" in out and (
+        tmp_path / "energy/baseline/landscapes_xy.png").exists()
 
 
 def save_damaged_adapter(folder, fingerprint):

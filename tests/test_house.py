@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Bottom to top: files and folders. A module imports from floors below its own and from its own
 # folder, so that whoever reads upwards from the bottom has seen everything a file builds on.
-FLOORS = ["files", "config", "vjepa2_src", "lora", "model", "analysis", "episodes", "running",
-          "droid", "fast", "latents", "checkpoint", "energy", "train", "export", "tabletop", "toy",
-          "bench", "tests"]
+FLOORS = ["files", "settings", "config", "vjepa2_src", "lora", "model", "analysis", "episodes",
+          "running", "droid", "fast", "latents", "checkpoint", "evaluation", "energy", "train",
+          "export", "tabletop", "toy", "bench", "tests"]
 USES_FAST = {"fast", "toy", "bench", "tests"}                   # floors
-USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "energy.py"}  # inside functions
+# inside functions
+USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "evaluation/analysis.py"}
 
 READING_PATH = ["config.py", "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
                 "vjepa2_src/encoder.py", "vjepa2_src/predictor.py", "model.py", "lora.py",

@@ -60,9 +60,10 @@ def test_old_landscapes_are_computed_and_read_again(base, tmp_path):
                      "--energy.planners=[cem]", "--energy.cem_samples=8",
                      "--energy.cem_iterations=1", "--energy.cem_elites=2")
     new = energy.analyse(cfg, [OLD / "run/step_4"], tmp_path / "landscapes.npz")
-    assert new.keys() == old.keys()
+    assert new.keys() >= old.keys()
     for name, values in old.items():
-        if name == "cem_seconds" or name == "device":
+        # Today's CEM searches the gripper too, and gives the mean.
+        if name.startswith("cem_") or name == "device":
             continue
         if values.dtype.kind in "fc":
             assert np.allclose(new[name], values, atol=1e-5, equal_nan=True), name

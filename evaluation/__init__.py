@@ -1,0 +1,1 @@
+"""What a world model is worth: energies of actions, the analysis of checkpoints, checks."""

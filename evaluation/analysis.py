@@ -1,0 +1,466 @@
+"""The analysis of energy.py: landscapes, plans and controls of the base model and of adapters.
+
+    arrays = analyse(cfg, ["runs/droid/step_5000"], "runs/droid/energy/step_5000/landscapes.npz")
+
+All checkpoints are measured on the same pairs, and what depends on the pairs alone is computed
+once. What is done is saved as it goes: after a kill the same call goes on from there.
+analysis/__init__.py lists the arrays.
+"""
+import hashlib
+import re
+import sys
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import config
+import droid
+import lora
+import model
+from analysis.planners import (
+    GRADIENT_ITERATIONS,
+    GRADIENT_STARTS,
+    cem,
+    cem_jepa_wms,
+    gradient_plan,
+    mppi,
+)
+from episodes.identity import trained_with_shuffled_actions
+from episodes.pairs import choose_clips, seen_in_training, true_action
+from episodes.poses import pose_deltas
+from episodes.stored import all_finite, check_store
+from evaluation.energies import (
+    L1,
+    L2,
+    chunk_size,
+    grid,
+    landscapes,
+    ray,
+    roll_out,
+    sequence_energies,
+    shell,
+    uncompiled,
+)
+from evaluation.unfinished import Unfinished
+from files import write_npz
+from files.reading import read_npz
+
+
+N_NEGATIVES = 32            # real actions of other moments that each true action is compared with
+N_SHELL = 64                # actions as long as the true one, 26° apart
+RAY_MULTIPLES = np.linspace(0, 2, 9)        # of the true action, with 0 and 1 among them
+BASELINE = "baseline"
+
+# The protocol of jepa-wms (arXiv:2512.24497, appendix): what a key is there, unless it is given.
+JEPA_WMS = dict(context=2, horizon=3, steps=3, objective="l2", planners=("cem_jepa_wms",),
+                pairs=64, per_episode=1)
+
+
+def with_protocol(cfg):
+    """The Config with what energy.protocol stands for, where nothing else was asked for."""
+    if not cfg.energy.protocol:
+        return cfg
+    given = cfg.given or {}
+    values = {key: value for key, value in JEPA_WMS.items() if f"energy.{key}" not in given}
+    return replace(cfg, energy=replace(cfg.energy, **values))
+
+
+def plan_horizons(cfg):
+    """How many clip frames ahead the planners look: of a published protocol that one alone."""
+    e = cfg.energy
+    return [e.horizon] if e.protocol else list(range(1, e.horizon + 1))
+
+
+def read_clips(cfg):
+    """Validation clips to measure on: `episodes.pairs.choose_clips`."""
+    return choose_clips(droid.validation_loaders(cfg), cfg)
+
+
+def choose_adapter(predictor, adapter, lora_config):
+    """Puts an adapter folder, or for "baseline" one that changes nothing, into the predictor in
+    place of any other. Returns ||s B A|| / ||W||, the size of the update.
+
+    The baseline carries an adapter of zeros so that all checkpoints go through the same arithmetic:
+    differences between them come from the adapters alone."""
+    lora.remove(predictor)
+    if adapter == BASELINE:
+        c = lora_config
+        lora.inject(predictor, c.rank, c.alpha, 0.0, c.targets, c.rslora)
+    else:
+        lora.load(predictor, adapter)
+    predictor.requires_grad_(False).eval()
+    return lora.update_norm(predictor)
+
+
+# What is measured
+
+def analyse(cfg, adapters, path):
+    """Landscapes, plans and controls of the baseline and of each adapter folder, on the same pairs.
+
+    Writes the arrays to `path` and returns them. Raises ValueError for an adapter that does not
+    fit, before anything is computed."""
+    analysis = Analysis(cfg, adapters)
+    return analysis.measure(analysis.sets[0], path)
+
+
+@dataclass
+class PairSet:
+    """Pairs of one data set, and what depends on them alone."""
+    cfg: object
+    clips: list
+    h: list                 # P x [T, N, D]
+    arrays: dict
+    names: list             # of the checkpoints: the ends of their paths, with what to know of them
+    settings: str           # fingerprint of everything that the results depend on
+
+
+class Analysis:
+    """The base model, the adapters to compare, and the pairs of one data set or, with energy.also,
+    of two: `sets`."""
+
+    def __init__(self, cfg, adapters, choices=()):
+        """Loads, tries each adapter and encodes all frames; then the encoder's memory is free
+        again. Raises ValueError.
+
+        choices: other sets to measure in place of those of cfg: (Config, clips as from
+        `read_clips`)."""
+        cfg = with_protocol(cfg)
+        self.device = model.resolve_device(cfg.device)
+        if cfg.memory:
+            from fast import memory
+            cfg = memory.cap_gpu_memory(cfg, self.device)
+        self.precision = model.resolve_precision(cfg.precision, self.device)
+        torch.manual_seed(cfg.seed)
+        # One base model serves all sets: it takes minutes to load and most of the memory.
+        both = [cfg]
+        if choices:
+            both = [one for one, _ in choices]
+        elif cfg.energy.also:
+            both.append(replace(cfg, data=config.second_data_set(cfg.data, cfg.energy.also)))
+        encoder, predictor = model.load(
+            cfg.model.checkpoint, cfg.model.size, model.DTYPES[self.precision], self.device,
+            encoder=not all(one.data.latents for one in both))
+        for one in both:
+            if one.data.latents:
+                check_store(one, predictor.encoder_fingerprint)
+        self.world = world = model.WorldModel(encoder, predictor)
+        tqdm.write(f"{model.device_name(self.device)}, {self.precision}; base "
+                   f"{cfg.model.checkpoint} ({world.base_fingerprint})")
+        self.adapters = [BASELINE, *(adapter for adapter in adapters if adapter != BASELINE)]
+        self.names = names_of(self.adapters)
+        self.norms = [choose_adapter(predictor, adapter, cfg.lora) for adapter in self.adapters]
+        for name, norm in zip(self.names, self.norms):
+            warning = ""
+            if norm == 0 and name != BASELINE:
+                warning = " WARNING: B is zero in all its layers, this is the baseline"
+            tqdm.write(f"  {name}: update / weights {norm:.2e}{warning}")
+        if self.device.type == "cpu" and sum(p.numel() for p in world.parameters()) > 1e8:
+            tqdm.write("no GPU: an action takes seconds at this size; --energy.pairs=1 "
+                       "--energy.grid=7 --energy.planners=[] is a start")
+        self.sets = ([self._pairs(*choice) for choice in choices]
+                     or [self._pairs(one, read_clips(one)) for one in both])
+        world.encoder = encoder = None
+        self.chunk = chunk_size(cfg, self.device)
+        lora.remove(predictor)
+        if model.can_accelerate(cfg, self.device):
+            import fast
+            fast.accelerate(world, cfg)
+
+    def folders(self, cfg):
+        """Where the results of each of `sets` go: out_dir/energy/NAME, and for energy.also a folder
+        in there. What was measured with other settings or weights is not written over: then the
+        name gets a number."""
+        names = [name.replace("/", "-") for name in self.names[1:]] or [BASELINE]
+        name = cfg.energy.name or "+".join(names)[:100]
+        # A table that took hours is not to give way to one with other settings.
+        for n in count(1):
+            folder = Path(cfg.out_dir, "energy", name if n == 1 else f"{name}-{n}")
+            folders = [folder, folder / "also"][:len(self.sets)]
+            if all(_settings_of(one) in ("", pairs.settings)
+                   for one, pairs in zip(folders, self.sets)):
+                return folders
+
+    def _pairs(self, cfg, clips):
+        """Encodes the clips of one data set -> a PairSet."""
+        seen = seen_in_training(clips, self.adapters, cfg.energy.allow_trained)
+        names = [f"{name} (trained on {row.sum()} of these {len(row)})" if row.any() else name
+                 for name, row in zip(self.names, seen)]
+        h = [clip["h"].to(self.device).float() if "h" in clip
+             else self.world.encode(clip["frames"][None].to(self.device))[0]
+             for clip in clips]                                         # P x [T, N, D]
+        for clip, x in zip(clips, h):
+            _check_finite(all_finite(x), f"the latents of {clip['episode']}", self.precision)
+        arrays = _pair_arrays(cfg, clips, h)
+        arrays |= {"device": np.array(model.device_name(self.device)),
+                   "dtype": np.array(self.precision),
+                   "base": np.array(self.world.base_fingerprint)}
+        settings = self._settings(cfg, clips)
+        return PairSet(cfg, clips, h, arrays | {"settings": np.array(settings)}, names, settings)
+
+    def _settings(self, cfg, clips):
+        """A fingerprint of the pairs, the weights and how they are measured."""
+        # The bytes that go in, and not the names of their files, which may be written anew.
+        known = hashlib.sha256(repr((
+            asdict(replace(cfg.energy, name="", also="")), cfg.seed, self.precision,
+            self.device.type, cfg.compile, self.world.base_fingerprint, asdict(cfg.lora),
+            [digest_of(adapter) for adapter in self.adapters])).encode())
+        for clip in clips:
+            known.update(clip["states"].numpy().tobytes())
+            inputs = clip["h"] if "h" in clip else clip["frames"]
+            known.update(inputs.contiguous().view(torch.uint8).numpy().tobytes())
+        return known.hexdigest()
+
+    def measure(self, pairs, path):
+        """Measures all checkpoints on a PairSet -> the arrays, which are written to `path`, after
+        each checkpoint too. What an earlier call to the same `path` has done is taken over."""
+        cfg, clips, world = pairs.cfg, pairs.clips, self.world
+        arrays = dict(pairs.arrays)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        per_pair = _evaluations(cfg, arrays)
+        with Unfinished(path, pairs.settings) as done:
+            # None: hidden without a terminal, but a notebook has none and shows it all the same.
+            bar = tqdm(total=per_pair * len(clips) * len(pairs.names), unit="action",
+                       unit_scale=True, smoothing=0.05,
+                       disable=False if "ipykernel" in sys.modules else None)
+            found = []
+            for c, (name, adapter) in enumerate(zip(pairs.names, self.adapters)):
+                bar.set_description(name)
+                # After a kill, pairs of this checkpoint may be done.
+                left = [p for p in range(len(clips)) if (c, p) not in done]
+                bar.update(per_pair * (len(clips) - len(left)))
+                if adapter == BASELINE and (c, "null") not in done:
+                    done[c, "null"] = {"null_difference": self._null_difference(pairs)}
+                elif left:
+                    choose_adapter(world.predictor, adapter, cfg.lora)
+                for p in left:
+                    done[c, p] = self._one_pair(pairs, p, name)
+                    bar.update(per_pair)
+                rows = [done[c, p] for p in range(len(clips))]
+                found.append({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+                arrays |= {key: np.stack([one[key] for one in found]) for key in found[0]}
+                n = len(found)
+                arrays |= done[0, "null"] | {
+                    "checkpoints": np.array(pairs.names[:n]),
+                    "update_norm": np.array(self.norms[:n]),
+                    "is_control": np.array([is_control(x) for x in self.adapters[:n]], int),
+                    "training_steps": np.array([_training_step(x) for x in pairs.names[:n]])}
+                write_npz(path, **arrays)
+            bar.close()
+        return arrays
+
+    def _null_difference(self, pairs):
+        """The largest energy difference of the base model, on the first pair's first plane, to
+        itself with adapters of zeros, which it carries afterwards: must be 0."""
+        lora.remove(self.world.predictor)
+        without = self._first_landscape(pairs)
+        choose_adapter(self.world.predictor, BASELINE, pairs.cfg.lora)
+        return np.array((without - self._first_landscape(pairs)).abs().max().item())
+
+    def _first_landscape(self, pairs):
+        e = pairs.cfg.energy
+        return self._energies(pairs, 0, pairs.arrays[f"actions_{e.planes[0]}"][0])
+
+    def _energies(self, pairs, p, actions):
+        """L1 and L2 of actions [K, 7] for pair p: [K, 2]."""
+        e, h, states = pairs.cfg.energy, pairs.h[p], pairs.clips[p]["states"]
+        n = e.context
+        return landscapes(self.world, h[:n], states[:n], h[n - 1 + e.steps], actions, e.steps,
+                          self.chunk)
+
+    def _one_pair(self, pairs, p, name):
+        """The arrays of one checkpoint and one pair: those with [C, P, …] in landscapes.npz."""
+        cfg, arrays, clip, h = pairs.cfg, pairs.arrays, pairs.clips[p], pairs.h[p]
+        e, where = cfg.energy, f"of {clip['episode']} under {name}"
+        # In one call, so that all chunks but the last are full ones.
+        actions = {plane: arrays[f"actions_{plane}"][p] for plane in [*e.planes, "shell", "ray"]}
+        actions |= {"true": arrays["true_actions"][p][None], "zero": np.zeros((1, 7)),
+                    "negatives": arrays["negatives"][p]}
+        energies = self._energies(pairs, p, np.concatenate(list(actions.values())))
+        _check_finite(energies.isfinite().all(), f"the energies {where}", self.precision)
+        out = {}
+        parts = energies.cpu().split([len(x) for x in actions.values()])
+        for key, part in zip(actions, parts):
+            part = part[0] if key in ("true", "zero") else part
+            out |= {f"energy_{key}": part[..., L1].numpy(), f"l2_{key}": part[..., L2].numpy()}
+        for planner in e.planners:
+            out |= self._plans(pairs, p, planner)
+        with uncompiled(self.world):
+            out |= _losses_and_horizon(self.world, h, clip, arrays["shuffled"][p])
+        # Those of shuffled actions may be undefined.
+        finite = np.isfinite([out["loss"], out["loss_zero"], *out["horizon_l1"]]).all()
+        _check_finite(finite, f"the losses {where}", self.precision)
+        return out
+
+    def _plans(self, pairs, p, planner):
+        """What a planner finds for pair p, at each horizon."""
+        cfg, h, states = pairs.cfg, pairs.h[p], pairs.clips[p]["states"]
+        e, n = cfg.energy, cfg.energy.context
+        column = {"l1": L1, "l2": L2}[e.objective]
+        gradient = planner == "gradient"
+        chunk = min(self.chunk, GRADIENT_STARTS) if gradient else self.chunk
+        plans = []
+        with uncompiled(self.world) if gradient else nullcontext():
+            for steps in plan_horizons(cfg):
+                def energy_of(actions, goal=h[n - 1 + steps]):
+                    return sequence_energies(self.world, h[:n], states[:n], goal, actions,
+                                             chunk)[:, column]
+                plans.append(run_planner(planner, energy_of, steps, e, cfg.seed, self.device))
+        return {f"{planner}_moves": np.stack([plan.actions[:, :3].sum(0) for plan in plans]),
+                f"{planner}_energy": np.array([plan.energy for plan in plans]),
+                f"{planner}_seconds": np.array([plan.seconds for plan in plans])}
+
+
+def run_planner(planner, energy_of, horizon, e, seed, device):
+    """A Plan. planner: of energy.planners; e: an EnergyConfig."""
+    common = dict(horizon=horizon, seed=seed, device=device)
+    if planner == "cem_jepa_wms":               # as published: 300 samples, 15 iterations
+        return cem_jepa_wms(energy_of, **common)
+    if planner == "gradient":
+        return gradient_plan(energy_of, box=e.radius, **common)
+    common |= dict(samples=e.cem_samples, iterations=e.cem_iterations, box=e.radius)
+    if planner == "mppi":
+        return mppi(energy_of, **common)
+    return cem(energy_of, elites=e.cem_elites, **common)
+
+
+def names_of(adapters):
+    """The baseline, then each folder under the shortest end of its path that no other one has."""
+    paths = [Path(adapter) for adapter in adapters if adapter != BASELINE]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--adapters names a folder twice: {', '.join(map(str, paths))}")
+    for n in range(1, 20):
+        names = ["/".join(path.resolve().parts[-n:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [BASELINE, *names]
+
+
+def _settings_of(folder):
+    """The fingerprint of the results in a folder, finished or not; "" if there are none, or none
+    that can be read."""
+    for path in (folder / "landscapes.npz", folder / "unfinished.npz"):
+        with suppress(OSError, ValueError):
+            return str(read_npz(path, ["settings"]).get("settings", "of an earlier version"))
+    return ""
+
+
+def is_control(adapter):
+    return adapter != BASELINE and trained_with_shuffled_actions(adapter)
+
+
+def digest_of(adapter):
+    """SHA-256 of an adapter folder's weights and settings; "" for the baseline."""
+    if adapter == BASELINE:
+        return ""
+    files = sorted(path for path in Path(adapter).glob("adapter_*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _training_step(name):
+    found = re.search(r"step_(\d+)", name)
+    return int(found[1]) if found else 0 if name == BASELINE else -1
+
+
+def _pair_arrays(cfg, clips, h):
+    """The arrays that depend on the pairs alone, not on a checkpoint."""
+    e, P, steps, now = cfg.energy, len(clips), cfg.energy.steps, cfg.energy.context - 1
+    random = np.random.default_rng(cfg.seed)
+    goal = now + steps
+    states = np.stack([clip["states"].numpy() for clip in clips]).astype(float)     # [P, T, 7]
+    truth = np.stack([true_action(s[now:], steps) for s in states])                 # [P, 7]
+    actions = np.stack([pose_deltas(s) for s in states])                            # [P, T-1, 7]
+    T = states.shape[1]
+
+    # Real actions of other moments: those of other pairs, and the pair's own after the goal.
+    pools = [np.concatenate([np.delete(actions, p, axis=0).reshape(-1, 7), actions[p, goal:]])
+             for p in range(P)]
+    n_negatives = min(N_NEGATIVES, min(map(len, pools)))
+    negatives = [pool[random.choice(len(pool), n_negatives, False)] for pool in pools]
+    shuffled = [pool[random.integers(len(pool), size=T - 1)] if len(pool)
+                else np.full((T - 1, 7), np.nan) for pool in pools]
+
+    # Energies between real frames: what a perfect predictor could reach with this encoder. The
+    # goal itself is left out: its energy would be zero.
+    others = [i for i in range(T) if i != goal]
+    real_actions = [[pose_deltas(s[[now, i]])[0] if i != now else np.zeros(7) for i in others]
+                    for s in states]
+    real_energy = [_mean_l1(x[others], x[goal]) for x in h]
+
+    arrays = {
+        "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
+        "radius": np.array(e.radius), "steps": np.array(steps),
+        "context": np.array(e.context), "protocol": np.array(e.protocol),
+        "objective": np.array(e.objective),
+        "frame_step": np.array(clips[0]["frame_step"]), "true_actions": truth, "states": states,
+        "negatives": np.stack(negatives), "shuffled": np.stack(shuffled),
+        "horizon_copy": np.stack([_mean_l1(x[1:], x[:1]) for x in h]),
+        "l2_horizon_copy": np.stack([_mean_l2(x[1:], x[:1]) for x in h]),
+        "oracle_actions": np.stack(real_actions), "oracle_energy": np.stack(real_energy),
+        "oracle_truth": np.stack([pose_deltas(s[[now, goal]])[0] for s in states]),
+        "actions_shell": np.stack([shell(t, N_SHELL) for t in truth]),
+        "actions_ray": np.stack([ray(t, RAY_MULTIPLES) for t in truth]),
+        "ray_multiples": RAY_MULTIPLES}
+    if "frames" in clips[0]:
+        arrays["frames"] = np.stack([clip["frames"][:, [now, goal]].permute(1, 2, 3, 0).numpy()
+                                     for clip in clips])
+    for plane in e.planes:
+        arrays[f"actions_{plane}"] = np.stack(
+            [grid(plane, e.radius, e.grid, t if e.others == "truth" else None) for t in truth])
+    if e.planners:
+        horizons = plan_horizons(cfg)
+        arrays["plan_horizons"] = np.array(horizons)                                # [H]
+        arrays["true_moves"] = np.stack(
+            [states[:, now + n, :3] - states[:, now, :3] for n in horizons], axis=1)    # [P, H, 3]
+    return arrays
+
+
+def _mean_l1(z, h):
+    """Mean L1 of each frame, z [n, N, D] against h [N, D] or [1, N, D]: [n] in NumPy."""
+    return (z - h).abs().mean(dim=(1, 2)).cpu().numpy()
+
+
+def _mean_l2(z, h):
+    """The same with the mean of the squares."""
+    return (z - h).square().mean(dim=(1, 2)).cpu().numpy()
+
+
+def _evaluations(cfg, arrays):
+    """How many actions are evaluated per pair and checkpoint, for the progress bar; a step of the
+    gradient planner counts three (forward and backward)."""
+    e = cfg.energy
+    keys = [*(f"actions_{name}" for name in [*e.planes, "shell", "ray"]), "negatives"]
+    n = e.steps * (sum(arrays[key].shape[1] for key in keys) + 2)       # 2: the true one and zero
+    of_planner = {"cem": e.cem_samples * e.cem_iterations,
+                  "mppi": e.cem_samples * e.cem_iterations, "cem_jepa_wms": 300 * 15,
+                  "gradient": 3 * GRADIENT_STARTS * (GRADIENT_ITERATIONS + 1)}
+    return n + sum(h * of_planner[planner] for h in plan_horizons(cfg) for planner in e.planners)
+
+
+def _check_finite(finite, what, precision):
+    """Raises ValueError: planners and figures would stumble over what is not finite."""
+    if not finite:
+        cure = ("use --precision=bf16 or fp32" if precision == "fp16" else
+                "the weights have grown too large; take an earlier step")
+        raise ValueError(f"{what} are not finite in {precision} (NaN or infinite); {cure}")
+
+
+@torch.no_grad()
+def _losses_and_horizon(world, h, clip, shuffled):
+    """Losses with the clip's own actions, with others and with none: they differ if the model uses
+    actions. And L1 and L2 of the model's own predictions by horizon."""
+    states, actions = clip["states"].to(h.device)[None], clip["actions"].to(h.device)[None]
+    shuffled = F.pad(torch.from_numpy(shuffled).float(), (0, 0, 0, 1)).to(h.device)[None]
+    out = {}
+    for name, a in (("loss", actions), ("loss_shuffled", shuffled),
+                    ("loss_zero", torch.zeros_like(actions))):                      # [1, T, 7]
+        out[name] = world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
+    predicted = roll_out(world, h[None], actions, states)[0]                        # [T-1, N, D]
+    return out | {"horizon_l1": _mean_l1(predicted, h[1:]),
+                  "l2_horizon": _mean_l2(predicted, h[1:])}

@@ -1,0 +1,274 @@
+"""What train.py measures on validation clips, the same ones each time.
+
+    validation = Validation(cfg, batches, autocast, device)
+    values = validation.measure(world)              # {name: number}, for metrics.jsonl
+    print(validation.line(values)); validation.warnings(values)
+
+A latent L1 alone says little: beside it stand a copy of the frame before (what a model reaches that
+predicts no change) and the same predictions under shuffled and zero actions (what it reaches
+without knowing the action). In `values`:
+
+    val_loss, val_teacher_forcing, val_rollout      the losses; val_loss is their weighted sum
+    val_l1, val_copy, val_shuffled, val_zero        L1 one frame ahead, each frame from all before:
+                                                    own prediction, copy, others' actions, none
+    val_l1_k, val_l2_k, val_copy_l1_k, …            k frames ahead of the first, on own predictions
+    val_relief, val_flat                            of landscapes: range / mean of the energies, and
+                                                    the share of those with less than 1 %
+    val_percentile, val_spearman, …                 of landscapes that are not flat: see
+                                                    analysis/measures.py
+    update/attn.qkv, grad/attn.qkv, …               ‖s B A‖ / ‖W‖ and norm of the gradient by kind
+                                                    of layer
+    ms_val                                          milliseconds that this validation took
+"""
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import torch
+
+import lora
+from analysis import measures
+from episodes.pairs import true_action
+from evaluation.energies import L1, grid, landscapes, roll_out, shell, uncompiled
+from running import ranks
+
+
+HORIZONS = (1, 2, 4, 8)     # frames ahead that are logged
+POINTS = 11                 # of the grid in x and y, on each axis
+N_SHELL = 32                # actions as long as the true one
+IGNORED = 1.01              # L1 with shuffled / own actions: below this actions hardly matter
+FLATTER = 0.5               # of the relief at the beginning
+
+
+@torch.no_grad()
+def evaluate(world, batches, cfg, autocast, device, also=None):
+    """Mean losses over the validation batches of all ranks: {"val_loss": their weighted sum,
+    "val_…"}, and of several data sets "val_loss/NAME" for each.
+
+    batches: a list, or {data set: a list}. also: called with h [B, T, N, D] and the actions and
+    states of each batch."""
+    world.eval()
+    sums, clips = Counter(), Counter()              # {(data set, loss): loss × clips}
+    for name, some in (batches if isinstance(batches, dict) else {"": batches}).items():
+        for batch in some:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            # Too seldom, and in too many shapes, to be worth compiling.
+            with uncompiled(world), autocast:
+                h = batch["h"].float() if "h" in batch else world.encode(batch["frames"])
+                losses = world.losses(h, batch["actions"], batch["states"], cfg.rollout)
+                if also:
+                    also(h, batch["actions"], batch["states"])
+            sums.update({(name, loss): value.item() * len(h) for loss, value in losses.items()})
+            clips[name] += len(h)
+    world.train()
+    sums, clips = map(ranks.add_up, (sums, clips))      # a rank may have no clip
+    means, of_sets, total = Counter(), Counter(), 0
+    for (name, loss), value in sums.items():
+        weighted = weight_of(cfg, loss) * value
+        total += weighted
+        means[f"val_{loss}"] += value / clips.total()
+        of_sets[f"val_loss/{name}"] += weighted / clips[name]
+    means = {"val_loss": total / clips.total(), **means}
+    return means | of_sets if len(clips) > 1 else means
+
+
+def weight_of(cfg, loss):
+    """What a loss of `WorldModel.losses` counts: cfg.loss, 1 for one that is not there."""
+    return getattr(cfg.loss, loss, 1.0)
+
+
+class Validation:
+    """See above. All ranks make one and measure together; each rank has clips of its own."""
+
+    def __init__(self, cfg, batches, autocast, device, earlier=()):
+        """batches: {data set: list of batches} of this rank. earlier: validations of the run that
+        is resumed, as dicts."""
+        self.cfg, self.batches, self.autocast, self.device = cfg, batches, autocast, device
+        clips = [{key: value[i] for key, value in batch.items()}
+                 for some in batches.values() for batch in some
+                 for i in range(len(batch["actions"]))]
+        # Of all ranks in one order, so that the numbers do not depend on how many there are.
+        own = [(clip["actions"].cpu(), _moved(clip["states"])) for clip in clips]
+        of_ranks = ranks.gather_from_ranks(own)
+        order = sorted((i, rank) for rank, of_rank in enumerate(of_ranks)
+                       for i in range(len(of_rank)))
+        everyone = [of_ranks[rank][i] for i, rank in order]
+        mine = [g for g, (_, rank) in enumerate(order) if rank == ranks.rank()]
+        # Of another clip: half-way round, since clips of one episode may follow each other.
+        n = len(everyone)
+        self.shuffled = [everyone[(g + n // 2) % n][0] for g in mine] if n > 1 else []
+        # Landscapes: of clips that move between context and goal, spread over all of them.
+        moving = [g for g, (_, moved) in enumerate(everyone) if moved >= cfg.energy.min_move]
+        evenly = np.linspace(0, len(moving) - 1, min(len(moving), cfg.val_landscapes))
+        chosen = {moving[i] for i in evenly.round().astype(int)}
+        self.pairs = [clip for g, clip in zip(mine, clips) if g in chosen]
+        # Those of earlier versions hold losses alone.
+        self.first = next((entry for entry in earlier if "val_l1" in entry), None)
+        self.began, self.seconds, self.warned = time.monotonic(), 0.0, set()
+
+    @torch.no_grad()
+    def measure(self, world):
+        """{name: number} of everything above, the same on all ranks. What the clips cannot tell,
+        such as the effect of other actions with one clip, is not in it."""
+        began, sums, counts = time.monotonic(), Counter(), Counter()
+        values = evaluate(world, self.batches, self.cfg, self.autocast, self.device,
+                          partial(self._add_distances, world, sums, counts))
+        # The name that the field uses: of all cheap numbers it predicts success in planning best.
+        values["val_l1"] = values["val_teacher_forcing"]
+        world.eval()
+        with uncompiled(world), self.autocast:
+            for clip in self.pairs:
+                for name, value in self._landscape(world, clip).items():
+                    if np.isfinite(value):
+                        sums[name] += value
+                        counts[name] += 1
+        world.train()
+        sums, counts = map(ranks.add_up, (sums, counts))
+        values |= {name: sums[name] / counts[name] for name in sorted(counts)}
+        values |= {f"update/{kind}": norm for kind, norm in update_norms(world).items()}
+        self.seconds += time.monotonic() - began
+        values["ms_val"] = 1e3 * (time.monotonic() - began)
+        self.first = self.first or values
+        return values
+
+    def _on_device(self, clip):
+        return {key: torch.as_tensor(value)[None].to(self.device) for key, value in clip.items()}
+
+    def _add_distances(self, world, sums, counts, h, actions, states):
+        """Adds those of a batch to two Counters: of distances, and of clips."""
+        n, first = len(h), counts["val_copy"]
+        found = {"val_copy": (h[:, 1:] - h[:, :-1]).abs().mean(),
+                 "val_zero": self._l1(world, h, torch.zeros_like(actions), states)}
+        if self.shuffled:
+            other = torch.stack(self.shuffled[first:first + n]).to(actions)
+            found["val_shuffled"] = self._l1(world, h, other, states)
+        ahead = [k for k in HORIZONS if k < h.shape[1]]
+        rolled = roll_out(world, h, actions, states, max(ahead))                # [B, k, N, D]
+        for k in ahead:
+            off, still = rolled[:, k - 1] - h[:, k], h[:, 0] - h[:, k]
+            found |= {f"val_l1_{k}": off.abs().mean(), f"val_l2_{k}": off.square().mean(),
+                      f"val_copy_l1_{k}": still.abs().mean(),
+                      f"val_copy_l2_{k}": still.square().mean()}
+        for name, value in found.items():
+            sums[name] += value.item() * n
+            counts[name] += n
+
+    def _l1(self, world, h, actions, states):
+        return world.losses(h, actions, states, rollout=0)["teacher_forcing"]
+
+    def _landscape(self, world, clip):
+        """Of the first frame as context and the second as goal: {name: number or NaN}."""
+        clip = self._on_device(clip)
+        h = clip["h"][0].float() if "h" in clip else world.encode(clip["frames"])[0]
+        states = clip["states"][0].cpu()
+        truth = true_action(states.numpy(), 1)
+        # Wide enough for this clip's move, and the same each time.
+        radius = max(self.cfg.energy.radius, 1.25 * np.abs(truth[:2]).max())
+        plane, sphere = grid("xy", radius, POINTS, truth), shell(truth, N_SHELL)
+        actions = np.concatenate([plane, sphere, truth[None]])
+        energies = landscapes(world, h[:1], states[:1], h[1], actions)[:, L1].cpu().numpy()
+        on_plane, on_shell = energies[:len(plane)], energies[len(plane):-1]
+        found = measures.metrics(plane, on_plane, truth)
+        out = {"val_relief": found["relative_range"], "val_flat": found["flat"]}
+        if found["flat"]:           # the order of its energies means nothing
+            return out
+        sides = measures.shell(sphere[:, :3], on_shell, truth[:3], energies[-1])
+        return out | {"val_percentile": found["rank"], "val_spearman": found["spearman"],
+                      "val_shell_percentile": sides["shell_percentile"]}
+
+    # In words
+
+    def line(self, values):
+        """What a validation found, in one line."""
+        v = values
+        others = [f"{name} {v[key]:.3g}" for name, key in
+                  (("copy", "val_copy"), ("others' actions", "val_shuffled"),
+                   ("no actions", "val_zero")) if key in v]
+        parts = [f"val_loss {v['val_loss']:.4g}", f"L1 {v['val_l1']:.3g} ({', '.join(others)})"]
+        k = max((k for k in HORIZONS if f"val_l1_{k}" in v), default=1)
+        if k > 1:
+            parts.append(f"{k} ahead {v[f'val_l1_{k}']:.3g} (copy {v[f'val_copy_l1_{k}']:.3g})")
+        if "val_relief" in v:
+            flat = f", {_percent(v['val_flat'])} of them flat" if v["val_flat"] else ""
+            parts.append(f"landscapes: range {_percent(v['val_relief'])} of the mean{flat}")
+        if "val_percentile" in v:
+            parts.append(f"truth at {v['val_percentile']:.0f} %, at "
+                         f"{v.get('val_shell_percentile', np.nan):.0f} % among equal lengths "
+                         "(chance 50)")
+        parts += [f"{key.removeprefix('val_loss/')} {value:.4g}" for key, value in v.items()
+                  if key.startswith("val_loss/")]
+        if v is not self.first:
+            share = self.seconds / max(time.monotonic() - self.began, 1e-9)
+            parts.append(f"validation took {_percent(share)} of the time")
+        return "; ".join(parts)
+
+    def warnings(self, values):
+        """What a falling loss may hide, one line each, when it begins."""
+        v, first, found = values, self.first, {}
+        ratio = v.get("val_shuffled", np.nan) / v["val_l1"]
+        if v is not first and ratio < IGNORED:
+            before = first.get("val_shuffled", np.nan) / first.get("val_l1", np.nan)
+            found["ignored"] = (
+                "WARNING: actions are hardly used: L1 with others' actions is "
+                f"{ratio:.4f} times that with the true ones ({before:.4f} at the beginning)")
+        relief, before = v.get("val_relief", np.nan), first.get("val_relief", np.nan)
+        if relief < FLATTER * before and v["val_loss"] < first["val_loss"]:
+            found["flatter"] = (
+                "WARNING: the loss falls and the landscapes flatten: their range is "
+                f"{_percent(relief)} of the mean energy, {_percent(before)} at the beginning")
+        # Said once, when it begins: repeated every 500 steps it would be read by nobody.
+        new = [line for kind, line in found.items() if kind not in self.warned]
+        self.warned = set(found)
+        return new
+
+    def verdict(self, values, best=""):
+        """Two or three sentences at the end of a run."""
+        v, first = values, self.first
+        ratio = v.get("val_shuffled", np.nan) / v["val_l1"]
+        copy = v["val_l1"] / v["val_copy"] if v["val_copy"] else np.nan
+        uses = ("uses the actions" if ratio >= IGNORED else "hardly uses the actions"
+                if ratio < IGNORED else "was not tried with other actions")
+        lines = [f"the model {uses}" + (f" (L1 with others' {ratio:.3g} times as high)"
+                                        if np.isfinite(ratio) else ""),
+                 f"it is {'better' if copy < 1 else 'no better'} than copying the last frame (L1 "
+                 f"{v['val_l1']:.4g} against {v['val_copy']:.4g})"]
+        if first is not v:
+            change = v["val_l1"] / first["val_l1"] - 1
+            lines.append(f"L1 one frame ahead {'fell' if change < 0 else 'rose'} by "
+                         f"{_percent(abs(change))} since the beginning")
+        return "verdict: " + "; ".join(lines + [best] * bool(best)) + (
+            "; energy.py measures it on more, with intervals")
+
+
+def _percent(share):
+    """0.0123 -> "1.2 %", 1.234 -> "123 %"."""
+    return f"{100 * share:.0f} %" if abs(share) >= 0.1 else f"{100 * share:.2g} %"
+
+
+def _moved(states):
+    """Metres from the first pose to the second."""
+    return float((states[1, :3] - states[0, :3]).norm())
+
+
+def kind_of(name):
+    """"predictor_blocks.3.attn.qkv" -> "attn.qkv"."""
+    return ".".join(name.split(".")[-2:])
+
+
+def update_norms(world):
+    """{kind of layer: ‖s B A‖ / ‖W‖ over its layers}."""
+    kinds = {}
+    for name, layer in lora.adapted_layers(world).items():
+        kinds.setdefault(kind_of(name), []).append(layer)
+    return {kind: lora.update_norm(torch.nn.ModuleList(layers)) for kind, layers in kinds.items()}
+
+
+def gradient_norms(world):
+    """{"grad/KIND": norm of the gradient of the adapters of a kind of layer}."""
+    squares = Counter()
+    for name, layer in lora.adapted_layers(world).items():
+        for parameter in (layer.lora_A, layer.lora_B):
+            if parameter.grad is not None:
+                squares[f"grad/{kind_of(name)}"] += parameter.grad.float().square().sum()
+    return {kind: float(value) ** 0.5 for kind, value in squares.items()}
