@@ -52,6 +52,7 @@ from episodes.stored import with_frames
 from files.package import verify
 from files.weights import convert
 from running import command_line
+from running.arguments import folder_of
 
 
 PACKAGE = "checkpoints_for_colab.zip"
@@ -186,7 +187,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
     predictor = _load_predictor(cfg)
     contents = _pack_adapters(cfg, predictor, run, steps)
     clips = energy.read_clips(cfg)
-    seen = [run / f"step_{step}" for step in steps if (run / f"step_{step}").is_dir()]
+    seen = [folder for step in steps if (folder := folder_of(run, step)).is_dir()]
     seen_in_training(clips, seen, cfg.energy.allow_trained)
     for i, clip in enumerate(clips):
         contents[f"trajectories/{i:03d}.npz"] = _pack_trajectory(clip)
@@ -227,7 +228,7 @@ def _pack_adapters(cfg, predictor, run, steps):
     """{adapters/step_N/…: bytes}. Raises ValueError for a step that is missing or does not fit."""
     contents = {}
     for step in steps:
-        folder = run / f"step_{step}"
+        folder = folder_of(run, step)
         if step == 0 and not folder.exists():
             _inject_untrained(cfg, predictor)
             adapter_files = lora.adapter_files(predictor, cfg.model.checkpoint)
@@ -267,7 +268,8 @@ def _config_in_package(cfg):
 def source_files():
     """The files of this project that the notebook needs, relative to it, sorted: colab.ipynb,
     LICENSE, latents.py, the modules that its code cells import, and the modules that those import,
-    at the top or inside of functions. Raises ValueError if a cell is not Python."""
+    at the top or inside of functions; beside evaluation/check.py the frames that it needs. Raises
+    ValueError if a cell is not Python."""
     notebook = json.loads((PROJECT / "colab.ipynb").read_text())
     found, waiting = {"colab.ipynb", "LICENSE"}, ["latents.py"]
     for number, cell in enumerate(notebook["cells"], 1):
@@ -283,6 +285,8 @@ def source_files():
         if name not in found:
             found.add(name)
             waiting += _imported_files((PROJECT / name).read_text())
+    if "evaluation/check.py" in found:
+        found |= {"evaluation/franka_pair.npz", "evaluation/franka_pair.NOTICE.txt"}
     return sorted(found)
 
 

@@ -60,6 +60,9 @@ COLUMNS = (
     ("Spearman", "xy spearman", 2),
     ("Δx–Δz argmin distance, cm", "xz argmin_error", 1),
     ("CEM, cm", "cem 1 error", 1),
+    ("percentile, equal lengths", "direction shell_percentile", 0),
+    ("L1 / copy", "model copy_ratio_1", 2),
+    ("loss, others' actions / own", "model shuffle_ratio", 2),
 )
 ANGLES = "W*, degrees"
 

@@ -236,8 +236,8 @@ def test_the_sources_are_those_that_the_notebook_imports():
     assert {str(path.relative_to(PROJECT)) for path in PROJECT.glob("fast/*.py")} <= set(names)
     assert not {"train.py", "toy.py", "conftest.py", "test_smoke.py"} & set(names)
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders - {"fast"} == {"analysis", "episodes", "files", "running",
-                                 "vjepa2_src"}
+    assert folders - {"fast"} == {"analysis", "episodes", "evaluation", "files", "running",
+                                 "settings", "vjepa2_src"}
     assert names == sorted(set(names))
 
 
