@@ -332,6 +332,10 @@ def second_data_set(data, also):
         is_path = os.path.exists(also) or "/" in also
         also = {"path": also} if is_path else {"camera": also}
     second = replace(copy.deepcopy(data), latents="", weights=())
+    # Data sets in data.path with values of their own: here those of `also` count.
+    if isinstance(second.path, tuple):
+        second.path = tuple({key: value for key, value in item.items() if key not in also}
+                            if isinstance(item, dict) else item for item in second.path)
     _update_typed(second, also)
     return second
 
@@ -352,6 +356,12 @@ def validate(cfg):
     for one in sets:
         check_ranges(flat(replace(cfg, data=one)))
     check_together(flat(cfg))
+    if cfg.energy.also:
+        for one in data_sets(second_data_set(cfg.data, cfg.energy.also)):
+            try:
+                check_ranges(flat(replace(cfg, data=one)))
+            except ValueError as error:
+                raise ValueError(f"energy.also: {error}") from None
 
 
 def save(cfg, path):

@@ -18,6 +18,7 @@ Energy of an action: mean |LN(P(z, a, s)) - z_goal| over the last frame's tokens
 section 4), in evaluation/energies.py. Metrics that a landscape cannot determine are NaN, shown as
 "undefined"; docs/evaluation.md says what each means.
 """
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ from evaluation.energies import (  # noqa: F401
     sequence_energy,
 )
 from files.reading import read_npz
+from running.lock import Lock
 
 
 def load(path):
@@ -70,10 +72,14 @@ def load(path):
     return arrays
 
 
-def report(arrays, folder):
-    """Writes metrics and figures of the arrays into `folder` -> the content of comparison.json."""
-    result = compare.write(folder, arrays)
-    figures.write(folder, arrays, result)
+def report(arrays, folder, again=True):
+    """Writes metrics and figures of the arrays into `folder` -> the content of comparison.json.
+
+    again: also if they are there, newer than landscapes.npz."""
+    result, last = compare.write(folder, arrays), folder / "horizon.png"
+    drawn = last.exists() and os.path.getmtime(last) >= os.path.getmtime(folder / "landscapes.npz")
+    if again or not drawn:
+        figures.write(folder, arrays, result)
     return result
 
 
@@ -88,26 +94,40 @@ def _run(given):
         expected = given.options.get("expected")
         sys.exit(0 if evaluation.check.run(given.cfg, expected) else 1)
     if given.source:
-        show(Path(given.source).parent, load(given.source), given.all)
+        folder, second = Path(given.source).parent, Path(given.source).parent / "also"
+        also = ()
+        if (second / "landscapes.npz").is_file():
+            also = (second, load(second / "landscapes.npz"))
+        show(folder, load(given.source), given.all, also, again=True)
         return
     if given.note:
         print(given.note)
     if given.command == "probe":
-        print(evaluation.probe.probe(given.cfg, given.combinations, given.adapters))
-        print(f"{time.monotonic() - started:.0f} s")
-        return
-    analysis = Analysis(given.cfg, given.adapters)
-    for pairs, folder in zip(analysis.sets, analysis.folders(given.cfg)):
-        arrays = analysis.measure(pairs, folder / "landscapes.npz")
-        show(folder, arrays, given.all)
+        print(evaluation.probe.probe(given.cfg, given.combinations, given.adapters, given.all))
+    else:
+        analysis = Analysis(given.cfg, given.adapters)
+        folders = analysis.folders(given.cfg)
+        with Lock(folders[0]):
+            paths = [folder / "landscapes.npz" for folder in folders]
+            arrays = list(analysis.measure(paths))
+            show(folders[0], arrays[0], given.all, *zip(folders[1:], arrays[1:]))
     print(f"{time.monotonic() - started:.0f} s")
 
 
-def show(folder, arrays, everything=False):
+def show(folder, arrays, everything=False, also=(), again=False):
     """Writes metrics and figures into a folder and prints the verdict and six rows. everything:
-    all groups and metrics too."""
-    result = report(arrays, folder)
-    print(verdict.summary(result))
+    all groups and metrics too; also: (folder, arrays) of the same checkpoints on a second data set,
+    which tell what was forgotten; again: draw figures that are there already."""
+    result = report(arrays, folder, again)
+    second = report(also[1], also[0], again) if also else None
+    _print(folder, result, everything, second)
+    if also:
+        print(f"\nON THE SECOND DATA SET, {also[1].get('also', 'energy.also')}:")
+        _print(also[0], second, everything)
+
+
+def _print(folder, result, everything, second=None):
+    print(verdict.summary(result, second))
     if everything:
         print(f"\n{compare.table(result)}")
     print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures"

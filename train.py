@@ -138,6 +138,7 @@ def run(cfg, device, run_folder, mirror, picked=""):
     watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
     earlier = ranks.gather_from_ranks(validations(out / "metrics.jsonl", start))[0]
     validation, best = Validation(cfg, val_batches, autocast, device, earlier), Best(cfg, earlier)
+    checkpoint.restore_best(run_folder, best)
 
     def validate(step, gradients):
         values = watch.validated(step, validation.measure(world))
@@ -145,7 +146,7 @@ def run(cfg, device, run_folder, mirror, picked=""):
         for line in validation.warnings(values):
             logger.print(line)
         if best.is_better(step, values):
-            checkpoint.save_best(run_folder, best, cfg, predictor, loader)
+            checkpoint.save_best(run_folder, best, step, values, cfg, predictor, loader)
         return values
 
     if cfg.val_every and not start:
@@ -162,6 +163,10 @@ def run(cfg, device, run_folder, mirror, picked=""):
         for step in range(start, end):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)
+            done = step + 1
+            last = done == end
+            logging = last or done % cfg.log_every == 0
+            evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
             place, failed = checkpoint.position(loader), None
             for _ in range(cfg.grad_accum):
                 try:
@@ -176,18 +181,14 @@ def run(cfg, device, run_folder, mirror, picked=""):
             try:
                 ranks.average_gradients(trainable, world_size, failed)
                 scaler.unscale_(optimizer)
+                gradients = gradient_norms(world) if evaluating else {}
                 grad_norm = clip_grad_norm_(trainable, cfg.grad_clip or math.inf)
-                losses, grad_norm = watch.check(step + 1, grad_norm, stop)
+                losses, grad_norm = watch.check(done, grad_norm, stop)
             except (OSError, ValueError) as error:      # on all ranks: no step done is lost
                 gone = isinstance(error, ConnectionError)           # a rank, and what it would save
                 if watch.unsaved() and not gone:
                     checkpoint.save(run_folder, step, cfg, predictor, optimizer, scaler, place)
                 raise
-            done = step + 1
-            last = done == end
-            logging = last or done % cfg.log_every == 0
-            evaluating = cfg.val_every and (last or done % cfg.val_every == 0)
-            gradients = gradient_norms(world) if evaluating else {}
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=not accelerated)        # a graph's gradients stay put

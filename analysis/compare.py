@@ -49,8 +49,9 @@ def _landscape_metrics(arrays, kind):
     out, l2 = {}, " L2" * (kind == "l2")
     for plane in arrays["planes"].tolist():
         actions, energy = arrays[f"actions_{plane}"], arrays[f"{kind}_{plane}"]
-        _of_each_pair(out, plane + l2, energy.shape[:2], lambda c, p: measures.metrics(
-            actions[p], energy[c, p], arrays["true_actions"][p]))
+        for c, p in np.ndindex(*energy.shape[:2]):
+            found = measures.metrics(actions[p], energy[c, p], arrays["true_actions"][p])
+            _add(out, plane + l2, energy.shape[:2], c, p, found)
     return out
 
 
@@ -60,17 +61,17 @@ def _direction_metrics(arrays, kind):
     if f"{kind}_shell" not in arrays:
         return out
     shell, ray, true = (arrays[f"{kind}_{name}"] for name in ("shell", "ray", "true"))
-    _of_each_pair(out, group, true.shape, lambda c, p: measures.shell(
-        arrays["actions_shell"][p, :, :3], shell[c, p], arrays["true_actions"][p, :3], true[c, p]
-    ) | measures.ray(arrays["ray_multiples"], ray[c, p]))
+    for c, p in np.ndindex(*true.shape):
+        found = measures.shell(arrays["actions_shell"][p, :, :3], shell[c, p],
+                               arrays["true_actions"][p, :3], true[c, p])
+        _add(out, group, true.shape, c, p, found | measures.ray(arrays["ray_multiples"], ray[c, p]))
     return out
 
 
-def _of_each_pair(out, group, shape, metrics):
-    """Adds metrics(c, p), a dict, of each checkpoint and pair to `out`."""
-    for c, p in np.ndindex(*shape):
-        for name, value in metrics(c, p).items():
-            out.setdefault((group, name), np.empty(shape))[c, p] = value
+def _add(out, group, shape, c, p, found):
+    """Adds metrics, a dict, of checkpoint c and pair p to `out`."""
+    for name, value in found.items():
+        out.setdefault((group, name), np.empty(shape))[c, p] = value
 
 
 def _plan_metrics(arrays):
@@ -98,7 +99,8 @@ def _plan_metrics(arrays):
 def _model_metrics(arrays, kind):
     out, group, l2 = {}, "model" + " L2" * (kind == "l2"), "l2_" * (kind == "l2")
     true, others = arrays[f"{kind}_true"], arrays[f"{kind}_negatives"]
-    _of_each_pair(out, group, true.shape, lambda c, p: measures.contrast(true[c, p], others[c, p]))
+    for c, p in np.ndindex(*true.shape):
+        _add(out, group, true.shape, c, p, measures.contrast(true[c, p], others[c, p]))
     if not l2:
         out[group, "shuffle_ratio"] = arrays["loss_shuffled"] / arrays["loss"]
         out[group, "zero_ratio"] = arrays["loss_zero"] / arrays["loss"]

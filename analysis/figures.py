@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.compare import group_title
-from analysis.measures import AXES, COORDINATE_DECIMALS, describe
+from analysis.measures import AXES, COORDINATE_DECIMALS, FLAT_SHARE, describe
+from analysis.table import PLANNERS
 from files import write_file
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is grey.
-COLOURS = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and brown; the
+# baseline is grey.
+COLOURS = ["#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A1E"]
 TRUE_COLOUR = "#D55E00"
 
 # cividis looks the same to colour-blind readers and keeps its order in grey print.
@@ -38,6 +40,7 @@ TRUE_MARKER = {"marker": "P", "ms": 6, "mfc": TRUE_COLOUR, "mec": "white", "mew"
 MINIMUM_MARKER = {"marker": "o", "ms": 5, "mfc": "none", "mew": 1.1}
 N_PAIRS = 6         # columns of the heat maps, as many as a page holds
 N_BINS = 14         # of distance to the true action
+LONGEST_NAME = 28   # characters of a checkpoint's name
 TITLE_WIDTH = 30    # characters of 7 points in a panel of 1.75 inches
 
 
@@ -65,6 +68,15 @@ def all_figures(arrays, result):
         yield "over_steps", over_steps(result)
     if arrays["horizon_l1"].shape[2]:
         yield "horizon", horizons(arrays)
+
+
+def shortened(text, n=LONGEST_NAME):
+    """A name of a checkpoint, in a figure: its end tells it from others."""
+    return text if len(text) <= n else f"…{text[1 - n:]}"
+
+
+def _names(arrays):
+    return [shortened(name) for name in arrays["checkpoints"].tolist()]
 
 
 def _two_axis_planes(arrays):
@@ -101,7 +113,7 @@ def heat_maps(arrays, plane, pairs=None):
     """Landscapes as heat maps: rows are checkpoints, columns pairs (the first N_PAIRS by default).
     A cross marks the true action, a ring the minimum. A true action outside the grid is an arrow at
     the edge, with its length."""
-    names = arrays["checkpoints"].tolist()
+    names = _names(arrays)
     if pairs is None:
         pairs = list(range(min(N_PAIRS, len(arrays["episodes"]))))
     # the highest 5 % of all points share the last colour, lest one steep panel darken the others
@@ -122,10 +134,14 @@ def heat_maps(arrays, plane, pairs=None):
             lowest = np.unravel_index(energy.argmin(), energy.shape)
             panel.plot(*ticks[list(lowest)], **MINIMUM_MARKER, mec="white", clip_on=False)
             _mark_true_action(panel, _true_position(arrays, plane, pairs[c]), edges[1])
+            if is_flat(arrays, plane, r, pairs[c]):
+                panel.text(0.5, 0.04, "flat", transform=panel.transAxes, ha="center", va="bottom",
+                           fontsize=6, bbox={"fc": "white", "ec": "none", "pad": 0.8})
             if r == 0:
-                panel.set_title(f"pair {pairs[c] + 1}")
+                panel.set_title(_pair_title(arrays, pairs[c]))
             if c == 0:
-                panel.set_ylabel(f"{names[r]}\nΔ{plane[1]} (cm)")
+                # As many characters of 7 points as a panel is high.
+                panel.set_ylabel(f"{shortened(names[r], int(15 * size))}\nΔ{plane[1]} (cm)")
             if r == R - 1:
                 panel.set_xlabel(f"Δ{plane[0]} (cm)")
         bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.6 / R), aspect=14, pad=0.01,
@@ -136,6 +152,23 @@ def heat_maps(arrays, plane, pairs=None):
         figure.legend(handles, ["true action (arrow: outside the grid)", "minimum"],
                       loc="outside upper center", ncols=2)
     return figure
+
+
+def _line(c):
+    """Of checkpoint c: dashed where colours come a second time."""
+    return "o-" if c < len(COLOURS) else "o--"
+
+
+def is_flat(arrays, plane, c, p):
+    """Whether a landscape lies within 1 % of its mean: what it looks like then means little."""
+    energy = arrays[f"energy_{plane}"][c, p]
+    return bool(np.ptp(energy) < FLAT_SHARE * energy.mean())
+
+
+def _pair_title(arrays, p):
+    """The pair's number in metrics.csv, and its episode."""
+    name = arrays["episodes"].tolist()[p].removesuffix("/trajectory.h5")
+    return f"pair {p}\n{shortened(name, 18)}"
 
 
 def _mark_true_action(panel, truth, edge):
@@ -154,7 +187,7 @@ def _mark_true_action(panel, truth, edge):
 
 def surfaces(arrays, plane, pair=0):
     """One landscape as a surface, a panel a checkpoint, with one scale of height and colour."""
-    names, scale_end = arrays["checkpoints"].tolist(), _scale_end(arrays, plane, [pair])
+    names, scale_end = _names(arrays), _scale_end(arrays, plane, [pair])
     truth = _true_position(arrays, plane, pair)
     with matplotlib.rc_context(STYLE):
         # constrained layout does not know the extent of 3-D axes
@@ -170,14 +203,15 @@ def surfaces(arrays, plane, pair=0):
                 panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, scale_end], color=TRUE_COLOUR,
                            lw=1.5, zorder=10)
             panel.set(zlim=(0, scale_end))
-            panel.set_title(names[c], y=0.97)
+            flat = " (flat)" * is_flat(arrays, plane, c, pair)
+            panel.set_title(names[c] + flat, y=0.97)
             panel.set_xlabel(f"Δ{plane[0]} (cm)", labelpad=-6)
             panel.set_ylabel(f"Δ{plane[1]} (cm)", labelpad=-6)
             panel.tick_params(pad=-3)
             panel.zaxis.set_tick_params(pad=-1)
             panel.view_init(elev=38, azim=-60)
             panel.set_box_aspect(None, zoom=0.95)
-        figure.suptitle(f"pair {pair + 1}: height is the energy above the minimum; the line stands "
+        figure.suptitle(f"pair {pair}: height is the energy above the minimum; the line stands "
                         "at the true action", fontsize=7)
     return figure
 
@@ -185,7 +219,7 @@ def surfaces(arrays, plane, pair=0):
 def energy_over_distance(arrays):
     """Mean energy above the minimum against the distance to the true action, over all pairs; a
     panel for each two-axis plane, or for the space if there is none."""
-    names = arrays["checkpoints"].tolist()
+    names = _names(arrays)
     planes = _two_axis_planes(arrays) or arrays["planes"].tolist()[:1]
     P = len(arrays["episodes"])
     with matplotlib.rc_context(STYLE):
@@ -195,7 +229,7 @@ def energy_over_distance(arrays):
             for c, name in enumerate(names):
                 distance, mean, spread = _energy_by_distance(arrays, plane, c)
                 colour = COLOURS[c % len(COLOURS)]
-                panel.plot(distance, mean, "o-", ms=2.2, color=colour, label=name)
+                panel.plot(distance, mean, _line(c), ms=2.2, color=colour, label=name)
                 if P > 1:
                     panel.fill_between(distance, mean - spread, mean + spread, color=colour,
                                        alpha=0.13, lw=0)
@@ -254,7 +288,8 @@ def over_steps(result):
             panel.errorbar(steps, mean, bars, fmt="o-", ms=3, capsize=2, color=COLOURS[1])
             metric = describe(name)
             label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-            panel.set_title(f"{group_title(group)}\n{textwrap.fill(label, TITLE_WIDTH)}")
+            panel.set_title("\n".join(textwrap.fill(text, TITLE_WIDTH)
+                                      for text in (group_title(group), label)))
             _hide_frame(panel)
             panel.margins(x=0.08)
             if len(steps) <= 4:
@@ -272,8 +307,12 @@ def _main_metrics(checkpoints):
     """(group, metric) of the panels of `over_steps`: those that a checkpoint has a value for."""
     groups = checkpoints[0]["numbers"]
     plane = next((group for group in groups if group in ("xy", "xz", "yz", "xyz")), "model")
+    # Of each planner its shortest horizon, which is the longest under a protocol.
+    planned = {group.partition(" ")[0]: group for group in reversed(groups)
+               if group.partition(" ")[0] in PLANNERS}
     wanted = [(plane, "argmin_error"), (plane, "rank"), (plane, "spearman"),
-              (plane, "relative_range"), ("cem 1", "error"), ("gradient 1", "error"),
+              (plane, "relative_range"), ("direction", "shell_percentile"),
+              *((planned[name], "error") for name in PLANNERS if name in planned),
               ("model", "shuffle_ratio"), ("model", "copy_ratio_1")]
     return [(group, name) for group, name in wanted if name in groups.get(group, {})
             and any(c["numbers"][group][name]["mean"] is not None for c in checkpoints)]
@@ -283,15 +322,16 @@ def horizons(arrays):
     """L1 of the model's own predictions k frames ahead, against copying the context frame."""
     k = 1 + np.arange(arrays["horizon_l1"].shape[2])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4, 2.2), layout="constrained")
+        figure = Figure(figsize=(4.6, 2.2), layout="constrained")
         panel = figure.subplots()
-        for c, name in enumerate(arrays["checkpoints"].tolist()):
-            panel.plot(k, arrays["horizon_l1"][c].mean(axis=0), "o-", ms=3,
+        for c, name in enumerate(_names(arrays)):
+            panel.plot(k, arrays["horizon_l1"][c].mean(axis=0), _line(c), ms=3,
                        color=COLOURS[c % len(COLOURS)], label=name)
         panel.plot(k, arrays["horizon_copy"].mean(axis=0), "k--", label="copy of the context")
         n = int(arrays["frame_step"])
         panel.set(xlabel=f"frames ahead, {n} recorded frame{'s' * (n > 1)} each",
                   ylabel="latent L1", ylim=(0, None), xticks=k)
         _hide_frame(panel)
-        panel.legend()
+        # Beside the curves, which it would cover.
+        figure.legend(loc="outside right upper")
     return figure

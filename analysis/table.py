@@ -2,16 +2,20 @@
 
     print(table.table(result))          # result: of compare.compare
 """
+from textwrap import wrap
+
 from analysis.measures import describe
 
 
 COLUMNS = 100
+LONGEST_TITLE = 26      # characters of a checkpoint's name above its numbers
 MOST_BESIDE = 4         # checkpoints beside one another; more go below
 
 PLANNERS = {"cem": "CEM", "cem_jepa_wms": "CEM of jepa-wms", "mppi": "MPPI", "gradient": "gradient"}
 
 # Energies are float32. Changes below this are rounding, which the table shows as 0 and never marks.
 ROUNDING = 1e-8
+LARGE = 1e7             # numbers from here on are no more than three digits and a power of ten
 
 
 def group_title(group):
@@ -34,7 +38,9 @@ def table(result, groups=None):
     checkpoints, setting = result["checkpoints"], result["setting"]
     names = list(checkpoints)
     baseline, adapters = names[0], names[1:]
-    titles = shown_names(result)
+    titles, legend = shown_names(result), []
+    if max(map(len, titles)) > LONGEST_TITLE:
+        titles, legend = legend_of(titles)
     blocks = []         # of rows (title, one cell a checkpoint)
     for group, found in checkpoints[baseline]["numbers"].items():
         if groups and group not in groups:
@@ -63,8 +69,18 @@ def table(result, groups=None):
     head = [f"{result['pairs']} pairs of {result['episodes']} episodes; the goal lies "
             f"{setting['steps']} x {setting['frame_step']} recorded frames after the context",
             "mean over pairs [95 % interval by cluster bootstrap over episodes]"]
-    warnings = ["", *result["remarks"]] if result["remarks"] else []
-    return "\n".join([*head, *_aligned(blocks), "", *_control_lines(result["controls"]), *warnings])
+    foot = [*_control_lines(result["controls"]), *([""] * bool(result["remarks"])),
+            *result["remarks"]]
+    foot = [part for line in foot for part in wrap(line, COLUMNS, subsequent_indent="    ",
+                                                   drop_whitespace=bool(line)) or [""]]
+    return "\n".join([*head, *_aligned(blocks), "", *legend, *([""] * bool(legend)), *foot])
+
+
+def legend_of(titles):
+    """Letters in place of long names, and the lines that explain them."""
+    letters = [chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i in range(len(titles))]
+    return letters, [part for letter, title in zip(letters, titles)
+                     for part in wrap(f"{letter}: {title}", COLUMNS, subsequent_indent="   ")]
 
 
 def shown_names(result):
@@ -103,20 +119,22 @@ def differs(change):
 
 
 def _aligned(blocks):
-    """Blocks of rows (title, cell, cell, …) as lines of equal columns. Checkpoints that do not fit
-    beside the others are put below them, block by block."""
-    first = max(len(title) for block in blocks for title, *_ in block)
+    """Blocks of rows (title, cell, cell, …) as lines of equal columns, the first row a heading.
+    Checkpoints that do not fit beside the others are put below them, block by block."""
+    first = max(len(title) for block in blocks for title, *_ in block[1:])
     lines = []
     for block in blocks:
         width = max(14, *(len(text) + 2 for _, *cells in block for text in cells))
         n_columns = max(len(cells) for _, *cells in block)
         n = min(MOST_BESIDE, max(1, (COLUMNS - first) // width), n_columns)
+        heading, *names = block[0]
+        rows = [("", *names), *block[1:]] if len(heading) > first else block
         for begin in range(0, n_columns, n):
-            lines.append("")
-            for title, *cells in block:
+            lines += ["", *[heading] * (len(heading) > first)]
+            for title, *cells in rows:
                 some = cells[begin:begin + n]
-                # The baseline alone has no changes.
-                if begin or n == n_columns or any(some):
+                # The baseline has no changes, and none are shown where it stands alone.
+                if begin or n == n_columns or any(text.strip() for text in some):
                     lines.append(f"{title:<{first}}"
                                  f"{''.join(f'{text:>{width}}' for text in some)}".rstrip())
     return lines
@@ -144,6 +162,8 @@ def cell_text(values, digits):
     if abs(widest) < ROUNDING:
         # 0 is no difference at all, as with an adapter of zeros; 0.00 is a small one
         texts = ["0" for _ in values]
+    elif abs(widest) >= LARGE:
+        texts = [f"{value:.3g}" for value in values]
     else:
         # A mean far smaller than its interval is zero as far as anybody can tell: it gets one
         # decimal more than the interval needs, and no endless row of zeros.

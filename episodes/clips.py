@@ -75,6 +75,7 @@ class Clips:
         self.cfg, self.source, self.seed = cfg, source, cfg.seed
         self.data = getattr(source, "data", cfg.data)
         self.split, self.shuffle, self.batch_size = split, shuffle, cfg.batch_size
+        self.is_control = shuffle and cfg.data.shuffle_actions
         self.pin_memory = cfg.device != "cpu" and torch.cuda.is_available()
         self.rank = rank
         # With 8 files or more per rank, each rank reads files of its own. Fewer would be shared
@@ -182,7 +183,7 @@ class Clips:
             # [3, T, S, S] of what lies in memory as [T, S, S, 3]: in NumPy, twice as fast.
             images = torch.from_numpy(np.ascontiguousarray(images.numpy()))
             # Poses of another episode do not tell whether these images should have changed.
-            states = None if self.shuffle and self.data.shuffle_actions else clip.states
+            states = None if self.is_control else clip.states
             fault = self.data.check and plausible.frame_fault(images, states)
             if fault:
                 raise ValueError(fault)
@@ -197,8 +198,8 @@ class Clips:
             for place, clips in rounds:
                 if place is None:
                     yield None, None
-                if self.shuffle and self.data.shuffle_actions and clips:
-                    clips = with_others_poses(clips)
+                if self.is_control and clips:
+                    clips = with_others_poses(clips, place)
                 for index, clip in enumerate(clips[first:], start=first + 1):
                     n_seen += 1
                     if (n_seen - 1) % self.every == self.offset:
@@ -216,7 +217,7 @@ class Clips:
         for epoch in count(begin.epoch) if self.shuffle else [0]:
             place = begin if epoch == begin.epoch else Place(epoch)
             yield from rounds_of_epoch(self.files, clips_of, self.seed, self.data.shuffle_buffer,
-                                       self.shuffle, place)
+                                       self.shuffle, place, mixed=self.is_control)
             if place == Place(epoch):                   # the whole epoch was read
                 yield None, []
                 if "used" not in self.tally.status.values():    # where it is said, in _end_epoch

@@ -93,9 +93,9 @@ def record(episode):
 
 
 def trained_on_file(episodes, shuffled_actions=False):
-    """The bytes of trained_on.json. episodes: {`of_poses`: `record`}; shuffled_actions: whether
-    their images had the actions of others, as for a control."""
-    content = {"episodes": dict(sorted(episodes.items()))}
+    """The bytes of trained_on.json. episodes: {`of_poses`: `record`}, None if they are not known;
+    shuffled_actions: whether their images had the actions of others, as for a control."""
+    content = {"episodes": episodes and dict(sorted(episodes.items()))}
     if shuffled_actions:
         content["shuffled_actions"] = True
     return json.dumps(content, indent=0).encode()
@@ -117,6 +117,8 @@ def trained_on(folder):
     try:
         content = read_json(path, limit=1 << 30)
     except FileNotFoundError:
+        return None
+    if content.get("episodes", {}) is None:     # of a control that began from such an adapter
         return None
     check_fields(content, {"episodes": {str: dict}}, path)
     for one in content["episodes"].values():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from episodes.identity import of_episode
 from episodes.prefetch import prefetch, stop_event
 from episodes.retry import pause
 from files import say_once
@@ -34,11 +35,12 @@ class Place(NamedTuple):
     episode: int = 0        # its first episode in that file
 
 
-def rounds_of_epoch(files, clips_of, seed, size, shuffle, place):
+def rounds_of_epoch(files, clips_of, seed, size, shuffle, place, mixed=False):
     """Yields (Place, list of clips in their order) of the rounds of an epoch, from a Place on.
 
     clips_of(file, epoch, n) -> a list of clips for each episode of a file but the first n. size: of
-    a round, in clips. Without `shuffle` each episode is a round."""
+    a round, in clips; mixed: whether a round, but for the last one, is to hold two recordings at
+    least. Without `shuffle` each episode is a round."""
     if shuffle:
         files = np.random.default_rng([seed, place.epoch]).permutation(files).tolist()
     clips, n_skipped = [], place.episode
@@ -46,7 +48,8 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place):
         for n, some in enumerate(clips_of(files[at], place.epoch, n_skipped), start=n_skipped + 1):
             clips += some
             pause(0)                    # ends here if nobody waits for the round any more
-            if len(clips) >= _size(place, size, shuffle):
+            if len(clips) >= _size(place, size, shuffle) and not (
+                    mixed and len(set(_recordings(clips))) == 1):
                 yield place, _in_order(clips, seed, place, shuffle)
                 place = Place(place.epoch, place.round + 1, at, n)
                 clips = []
@@ -154,17 +157,30 @@ def in_todays_order(state, n_files):
     return {"epoch": epoch, "count": state["count"]}
 
 
-def with_others_poses(clips):
+def with_others_poses(clips, place):
     """The Clips of a round, each with the states and actions of another one: of another episode,
-    unless more than half of the round are of one. Raises ValueError for a single clip."""
-    order = sorted(range(len(clips)), key=lambda i: clips[i].episode.name)
-    of_one = max(Counter(clip.episode.name for clip in clips).values())
+    unless more than half of the round are of one.
+
+    A clip that is left over at the end of an epoch is left out; one that is all that the epoch has
+    raises ValueError."""
+    recordings = _recordings(clips)
+    order = sorted(range(len(clips)), key=recordings.__getitem__)
     # Sorted by episodes, no clip this far away is of the same one.
-    shift = min(of_one, len(clips) // 2)
+    shift = min(max(Counter(recordings).values()), len(clips) // 2)
+    if not shift and place.round:
+        return []
     if not shift:
-        raise ValueError(f"{clips[0].episode.location}: data.shuffle_actions needs two clips or "
-                         "more to exchange their actions; raise --data.shuffle_buffer")
+        raise ValueError(f"{clips[0].episode.location}: data.shuffle_actions exchanges the actions "
+                         "of clips and there is only one; read more episodes, or leave it out")
     mixed = list(clips)
     for i, j in zip(order, order[shift:] + order[:shift]):
         mixed[i] = clips[i]._replace(states=clips[j].states, actions=clips[j].actions)
     return mixed
+
+
+def _recordings(clips):
+    """The identity of each clip's recording: several data sets may use one name twice, and several
+    cameras see one recording."""
+    episodes = {id(clip.episode): clip.episode for clip in clips}
+    identities = {key: of_episode(episode) for key, episode in episodes.items()}
+    return [identities[id(clip.episode)] for clip in clips]

@@ -7,6 +7,7 @@ once. What is done is saved as it goes: after a kill the same call goes on from 
 analysis/__init__.py lists the arrays.
 """
 import hashlib
+import os
 import re
 import sys
 from contextlib import nullcontext, suppress
@@ -23,6 +24,7 @@ import config
 import droid
 import lora
 import model
+from analysis.arrays import check
 from analysis.planners import (
     GRADIENT_ITERATIONS,
     GRADIENT_STARTS,
@@ -47,7 +49,7 @@ from evaluation.energies import (
     shell,
     uncompiled,
 )
-from evaluation.unfinished import Unfinished
+from evaluation.unfinished import UNFINISHED, Unfinished
 from files import write_npz
 from files.reading import read_npz
 
@@ -56,6 +58,8 @@ N_NEGATIVES = 32            # real actions of other moments that each true actio
 N_SHELL = 64                # actions as long as the true one, 26° apart
 RAY_MULTIPLES = np.linspace(0, 2, 9)        # of the true action, with 0 and 1 among them
 BASELINE = "baseline"
+LONGEST_NAME = 100          # bytes of a folder's name, of the 255 that file systems take
+VERSION = 2                 # of what is measured: results of another one are not taken over
 
 # The protocol of jepa-wms (arXiv:2512.24497, appendix): what a key is there, unless it is given.
 JEPA_WMS = dict(context=2, horizon=3, steps=3, objective="l2", planners=("cem_jepa_wms",),
@@ -69,6 +73,19 @@ def with_protocol(cfg):
     given = cfg.given or {}
     values = {key: value for key, value in JEPA_WMS.items() if f"energy.{key}" not in given}
     return replace(cfg, energy=replace(cfg.energy, **values))
+
+
+def _protocol(e):
+    """The name of the protocol, and what was changed of it: such numbers are not comparable."""
+    if not e.protocol:
+        return ""
+    changed = [f"{key} {_plain(getattr(e, key))}" for key, value in JEPA_WMS.items()
+               if key not in ("pairs", "per_episode") and getattr(e, key) != value]
+    return f"{e.protocol} but with {', '.join(changed)}" if changed else e.protocol
+
+
+def _plain(value):
+    return " and ".join(value) or "none" if isinstance(value, tuple) else value
 
 
 def plan_horizons(cfg):
@@ -105,8 +122,7 @@ def analyse(cfg, adapters, path):
 
     Writes the arrays to `path` and returns them. Raises ValueError for an adapter that does not
     fit, before anything is computed."""
-    analysis = Analysis(cfg, adapters)
-    return analysis.measure(analysis.sets[0], path)
+    return next(Analysis(cfg, adapters).measure([path]))
 
 
 @dataclass
@@ -114,10 +130,10 @@ class PairSet:
     """Pairs of one data set, and what depends on them alone."""
     cfg: object
     clips: list
-    h: list                 # P x [T, N, D]
-    arrays: dict
     names: list             # of the checkpoints: the ends of their paths, with what to know of them
     settings: str           # fingerprint of everything that the results depend on
+    h: list = ()            # P x [T, N, D], once they are encoded
+    arrays: dict | None = None
 
 
 class Analysis:
@@ -125,8 +141,8 @@ class Analysis:
     of two: `sets`."""
 
     def __init__(self, cfg, adapters, choices=()):
-        """Loads, tries each adapter and encodes all frames; then the encoder's memory is free
-        again. Raises ValueError.
+        """Reads the pairs, and of the base model its fingerprint: what was measured before is found
+        without a network. Raises ValueError.
 
         choices: other sets to measure in place of those of cfg: (Config, clips as from
         `read_clips`)."""
@@ -136,25 +152,61 @@ class Analysis:
             from fast import memory
             cfg = memory.cap_gpu_memory(cfg, self.device)
         self.precision = model.resolve_precision(cfg.precision, self.device)
-        torch.manual_seed(cfg.seed)
-        # One base model serves all sets: it takes minutes to load and most of the memory.
+        self.cfg, self.world, self.networks = cfg, None, None
         both = [cfg]
         if choices:
             both = [one for one, _ in choices]
         elif cfg.energy.also:
             both.append(replace(cfg, data=config.second_data_set(cfg.data, cfg.energy.also)))
-        encoder, predictor = model.load(
-            cfg.model.checkpoint, cfg.model.size, model.DTYPES[self.precision], self.device,
-            encoder=not all(one.data.latents for one in both))
+        self.from_latents = all(one.data.latents for one in both)
+        self.base, encoder_fingerprint = self._fingerprints()
         for one in both:
             if one.data.latents:
-                check_store(one, predictor.encoder_fingerprint)
-        self.world = world = model.WorldModel(encoder, predictor)
-        tqdm.write(f"{model.device_name(self.device)}, {self.precision}; base "
-                   f"{cfg.model.checkpoint} ({world.base_fingerprint})")
+                check_store(one, encoder_fingerprint)
         self.adapters = [BASELINE, *(adapter for adapter in adapters if adapter != BASELINE)]
         self.names = names_of(self.adapters)
-        self.norms = [choose_adapter(predictor, adapter, cfg.lora) for adapter in self.adapters]
+        # On networks without weights: what does not fit is told before the data are read.
+        predictor = model.empty_networks(cfg.model.size)[1]
+        predictor.base_fingerprint = self.base
+        for adapter in self.adapters[1:]:
+            lora.load(predictor, adapter)
+            lora.remove(predictor)
+        self.digests = [digest_of(adapter) for adapter in self.adapters]
+        tqdm.write(f"{model.device_name(self.device)}, {self.precision}; base "
+                   f"{cfg.model.checkpoint} ({self.base})")
+        self.sets = [self._pairs(*choice) for choice in
+                     choices or [(one, read_clips(one)) for one in both]]
+        if cfg.energy.also and not choices and self.sets[0].settings == self.sets[1].settings:
+            raise ValueError(f"energy.also: {_in_words(cfg.energy.also)} gives the pairs of the "
+                             "first data set again (.npz files have one camera); name another path")
+
+    def _fingerprints(self):
+        """Those of the base model and of its encoder."""
+        of_base = self.cfg.model
+        if of_base.checkpoint == "random":          # in no file: made here, and kept
+            self._load_networks()
+            predictor = self.networks[1]
+            return predictor.base_fingerprint, predictor.encoder_fingerprint
+        with model.open_checkpoint(of_base.checkpoint, of_base.size) as (_, _, prints):
+            return prints["base_fingerprint"], prints["encoder_fingerprint"]
+
+    def _load_networks(self):
+        if self.networks:
+            return
+        torch.manual_seed(self.cfg.seed)
+        self.networks = model.load(
+            self.cfg.model.checkpoint, self.cfg.model.size, model.DTYPES[self.precision],
+            self.device, encoder=not self.from_latents)
+
+    def _load(self, sets):
+        """Loads the networks, tries each adapter and encodes the frames of some of `sets`; then the
+        encoder's memory is free again. Raises ValueError."""
+        # One base model serves all sets: it takes minutes to load and most of the memory.
+        self._load_networks()
+        encoder, predictor = self.networks
+        self.world = world = model.WorldModel(encoder, predictor)
+        self.norms = [choose_adapter(predictor, adapter, self.cfg.lora)
+                      for adapter in self.adapters]
         for name, norm in zip(self.names, self.norms):
             warning = ""
             if norm == 0 and name != BASELINE:
@@ -163,66 +215,76 @@ class Analysis:
         if self.device.type == "cpu" and sum(p.numel() for p in world.parameters()) > 1e8:
             tqdm.write("no GPU: an action takes seconds at this size; --energy.pairs=1 "
                        "--energy.grid=7 --energy.planners=[] is a start")
-        self.sets = ([self._pairs(*choice) for choice in choices]
-                     or [self._pairs(one, read_clips(one)) for one in both])
-        world.encoder = encoder = None
-        self.chunk = chunk_size(cfg, self.device)
+        for pairs in sets:
+            self._encode(pairs)
+        self.networks = world.encoder = encoder = None
+        self.chunk = min(chunk_size(replace(self.cfg, energy=pairs.cfg.energy), self.device)
+                         for pairs in sets)
         lora.remove(predictor)
-        if model.can_accelerate(cfg, self.device):
+        if model.can_accelerate(self.cfg, self.device):
             import fast
-            fast.accelerate(world, cfg)
+            fast.accelerate(world, self.cfg)
 
     def folders(self, cfg):
         """Where the results of each of `sets` go: out_dir/energy/NAME, and for energy.also a folder
         in there. What was measured with other settings or weights is not written over: then the
         name gets a number."""
-        names = [name.replace("/", "-") for name in self.names[1:]] or [BASELINE]
-        name = cfg.energy.name or "+".join(names)[:100]
-        # A table that took hours is not to give way to one with other settings.
-        for n in count(1):
-            folder = Path(cfg.out_dir, "energy", name if n == 1 else f"{name}-{n}")
-            folders = [folder, folder / "also"][:len(self.sets)]
-            if all(_settings_of(one) in ("", pairs.settings)
-                   for one, pairs in zip(folders, self.sets)):
-                return folders
+        # As many whole characters as a file system takes.
+        name = "+".join(name.replace("/", "-") for name in self.names[1:]) or BASELINE
+        name = os.fsencode(name)[:LONGEST_NAME].decode(errors="ignore")
+        folder = free_folder(Path(cfg.out_dir, "energy"), cfg.energy.name or name, self.sets[:1])
+        return [folder, *(free_folder(folder, "also", [pairs]) for pairs in self.sets[1:])]
 
     def _pairs(self, cfg, clips):
-        """Encodes the clips of one data set -> a PairSet."""
-        seen = seen_in_training(clips, self.adapters, cfg.energy.allow_trained)
+        """A PairSet, without latents."""
+        allowed = cfg.energy.allow_trained
+        seen = seen_in_training(clips, self.adapters, allowed)              # [C, P]
         names = [f"{name} (trained on {row.sum()} of these {len(row)})" if row.any() else name
                  for name, row in zip(self.names, seen)]
-        h = [clip["h"].to(self.device).float() if "h" in clip
-             else self.world.encode(clip["frames"][None].to(self.device))[0]
-             for clip in clips]                                         # P x [T, N, D]
-        for clip, x in zip(clips, h):
+        return PairSet(cfg, clips, names, self._settings(cfg, clips))
+
+    def _encode(self, pairs):
+        """Adds the latents to a PairSet, and the arrays that depend on them alone."""
+        pairs.h = [clip["h"].to(self.device).float() if "h" in clip
+                   else self.world.encode(clip["frames"][None].to(self.device))[0]
+                   for clip in pairs.clips]                             # P x [T, N, D]
+        for clip, x in zip(pairs.clips, pairs.h):
             _check_finite(all_finite(x), f"the latents of {clip['episode']}", self.precision)
-        arrays = _pair_arrays(cfg, clips, h)
-        arrays |= {"device": np.array(model.device_name(self.device)),
-                   "dtype": np.array(self.precision),
-                   "base": np.array(self.world.base_fingerprint)}
-        settings = self._settings(cfg, clips)
-        return PairSet(cfg, clips, h, arrays | {"settings": np.array(settings)}, names, settings)
+        pairs.arrays = _pair_arrays(pairs.cfg, pairs.clips, pairs.h) | {
+            "device": np.array(model.device_name(self.device)), "dtype": np.array(self.precision),
+            "base": np.array(self.base), "settings": np.array(pairs.settings)}
+        # For the words: the settings of a set are the same whether it stands alone or not.
+        if pairs.cfg.energy.also and pairs is not self.sets[0]:
+            pairs.arrays["also"] = np.array(_in_words(pairs.cfg.energy.also))
 
     def _settings(self, cfg, clips):
         """A fingerprint of the pairs, the weights and how they are measured."""
         # The bytes that go in, and not the names of their files, which may be written anew.
         known = hashlib.sha256(repr((
-            asdict(replace(cfg.energy, name="", also="")), cfg.seed, self.precision,
-            self.device.type, cfg.compile, self.world.base_fingerprint, asdict(cfg.lora),
-            [digest_of(adapter) for adapter in self.adapters])).encode())
+            VERSION, asdict(replace(cfg.energy, name="", also="")), cfg.seed, self.precision,
+            self.device.type, cfg.compile, self.base, asdict(cfg.lora), self.digests,
+            [is_control(adapter) for adapter in self.adapters])).encode())
         for clip in clips:
+            known.update(f"{clip['episode']} {clip['frame_step']}\n".encode(errors="replace"))
             known.update(clip["states"].numpy().tobytes())
             inputs = clip["h"] if "h" in clip else clip["frames"]
             known.update(inputs.contiguous().view(torch.uint8).numpy().tobytes())
         return known.hexdigest()
 
-    def measure(self, pairs, path):
-        """Measures all checkpoints on a PairSet -> the arrays, which are written to `path`, after
-        each checkpoint too. What an earlier call to the same `path` has done is taken over."""
+    def measure(self, paths):
+        """Measures all checkpoints on each of `sets` and yields its arrays, which are written to
+        its path, after each checkpoint too. What an earlier call has written there is taken over;
+        no network is loaded where nothing is left to do. Raises ValueError and OSError."""
+        done = [_finished(path, pairs) for pairs, path in zip(self.sets, paths)]
+        left = [pairs for pairs, arrays in zip(self.sets, done) if arrays is None]
+        if left:
+            self._load(left)
+        for pairs, path, arrays in zip(self.sets, paths, done):
+            yield self._measure(pairs, Path(path)) if arrays is None else arrays
+
+    def _measure(self, pairs, path):
         cfg, clips, world = pairs.cfg, pairs.clips, self.world
         arrays = dict(pairs.arrays)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         per_pair = _evaluations(cfg, arrays)
         with Unfinished(path, pairs.settings) as done:
             # None: hidden without a terminal, but a notebook has none and shows it all the same.
@@ -257,11 +319,15 @@ class Analysis:
 
     def _null_difference(self, pairs):
         """The largest energy difference of the base model, on the first pair's first plane, to
-        itself with adapters of zeros, which it carries afterwards: must be 0."""
+        itself with adapters of zeros: must be 0."""
         lora.remove(self.world.predictor)
         without = self._first_landscape(pairs)
         choose_adapter(self.world.predictor, BASELINE, pairs.cfg.lora)
-        return np.array((without - self._first_landscape(pairs)).abs().max().item())
+        difference = (without - self._first_landscape(pairs)).abs().max().item()
+        if difference == 0:
+            # They change no bit, and cost a quarter of the time.
+            lora.remove(self.world.predictor)
+        return np.array(difference)
 
     def _first_landscape(self, pairs):
         e = pairs.cfg.energy
@@ -331,24 +397,55 @@ def run_planner(planner, energy_of, horizon, e, seed, device):
 
 
 def names_of(adapters):
-    """The baseline, then each folder under the shortest end of its path that no other one has."""
-    paths = [Path(adapter) for adapter in adapters if adapter != BASELINE]
+    """The baseline, then each folder under the shortest end of its path that no other one has.
+    Raises ValueError for a folder that is there twice."""
+    paths = [Path(adapter).resolve() for adapter in adapters if adapter != BASELINE]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"--adapters names a folder twice: {', '.join(map(str, paths))}")
-    for n in range(1, 20):
-        names = ["/".join(path.resolve().parts[-n:]) for path in paths]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"--adapters names a folder twice: {twice}")
+    for n in count(1):
+        names = [BASELINE, *("/".join(path.parts[-n:]) for path in paths)]
         if len(set(names)) == len(names):
-            break
-    return [BASELINE, *names]
+            return names
+
+
+def free_folder(parent, name, sets):
+    """The folder of that name, or NAME-2 and so on, in which nothing else than these sets was
+    measured: a table that took hours is not to give way to one with other settings."""
+    for n in count(1):
+        folder = parent / (name if n == 1 else f"{name}-{n}")
+        if _settings_of(folder) in ("", *(pairs.settings for pairs in sets)):
+            return folder
 
 
 def _settings_of(folder):
     """The fingerprint of the results in a folder, finished or not; "" if there are none, or none
     that can be read."""
-    for path in (folder / "landscapes.npz", folder / "unfinished.npz"):
+    for path in (folder / "landscapes.npz", folder / UNFINISHED):
         with suppress(OSError, ValueError):
             return str(read_npz(path, ["settings"]).get("settings", "of an earlier version"))
     return ""
+
+
+def _finished(path, pairs):
+    """The arrays of a PairSet if an earlier call has measured all of it, else None."""
+    with suppress(OSError, ValueError):
+        arrays = read_npz(path)
+        if (str(arrays.get("settings")) == pairs.settings
+                and arrays["checkpoints"].tolist() == pairs.names):
+            check(arrays)
+            # Left behind by a kill between the last two steps.
+            Path(path).with_name(UNFINISHED).unlink(missing_ok=True)
+            tqdm.write(f"{path}: is finished and has these settings; nothing is computed anew")
+            return arrays
+    return None
+
+
+def _in_words(also):
+    """energy.also as text."""
+    if isinstance(also, str):
+        return also
+    return ", ".join(f"{key} {value}" for key, value in also.items())[:200]
 
 
 def is_control(adapter):
@@ -396,7 +493,7 @@ def _pair_arrays(cfg, clips, h):
     arrays = {
         "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
         "radius": np.array(e.radius), "steps": np.array(steps),
-        "context": np.array(e.context), "protocol": np.array(e.protocol),
+        "context": np.array(e.context), "protocol": np.array(_protocol(e)),
         "objective": np.array(e.objective),
         "frame_step": np.array(clips[0]["frame_step"]), "true_actions": truth, "states": states,
         "negatives": np.stack(negatives), "shuffled": np.stack(shuffled),

@@ -95,9 +95,10 @@ class Validation:
                        for i in range(len(of_rank)))
         everyone = [of_ranks[rank][i] for i, rank in order]
         mine = [g for g, (_, rank) in enumerate(order) if rank == ranks.rank()]
-        # Of another clip: half-way round, since clips of one episode may follow each other.
+        # Of the clip that follows: they are spread over the episodes, so that it is of another one,
+        # where one half-way round is of the same if there are as many rounds.
         n = len(everyone)
-        self.shuffled = [everyone[(g + n // 2) % n][0] for g in mine] if n > 1 else []
+        self.shuffled = [everyone[(g + 1) % n][0] for g in mine] if n > 1 else []
         # Landscapes: of clips that move between context and goal, spread over all of them.
         moving = [g for g, (_, moved) in enumerate(everyone) if moved >= cfg.energy.min_move]
         evenly = np.linspace(0, len(moving) - 1, min(len(moving), cfg.val_landscapes))
@@ -106,6 +107,9 @@ class Validation:
         # Those of earlier versions hold losses alone.
         self.first = next((entry for entry in earlier if "val_l1" in entry), None)
         self.began, self.seconds, self.warned = time.monotonic(), 0.0, set()
+        for entry in earlier:           # what was said before is not said again
+            if self.first and "val_l1" in entry:
+                self.warnings(entry)
 
     @torch.no_grad()
     def measure(self, world):
@@ -160,7 +164,8 @@ class Validation:
     def _landscape(self, world, clip):
         """Of the first frame as context and the second as goal: {name: number or NaN}."""
         clip = self._on_device(clip)
-        h = clip["h"][0].float() if "h" in clip else world.encode(clip["frames"])[0]
+        h = (clip["h"][0].float() if "h" in clip else
+             world.encode(clip["frames"][:, :, :2])[0])                         # [≥ 2, N, D]
         states = clip["states"][0].cpu()
         truth = true_action(states.numpy(), 1)
         # Wide enough for this clip's move, and the same each time.
@@ -205,15 +210,15 @@ class Validation:
 
     def warnings(self, values):
         """What a falling loss may hide, one line each, when it begins."""
-        v, first, found = values, self.first, {}
-        ratio = v.get("val_shuffled", np.nan) / v["val_l1"]
-        if v is not first and ratio < IGNORED:
-            before = first.get("val_shuffled", np.nan) / first.get("val_l1", np.nan)
+        first, found = self.first, {}
+        ratio = _ratio(values, "val_shuffled", "val_l1")
+        if values is not first and ratio < IGNORED:
+            before = _ratio(first, "val_shuffled", "val_l1")
             found["ignored"] = (
                 "WARNING: actions are hardly used: L1 with others' actions is "
                 f"{ratio:.4f} times that with the true ones ({before:.4f} at the beginning)")
-        relief, before = v.get("val_relief", np.nan), first.get("val_relief", np.nan)
-        if relief < FLATTER * before and v["val_loss"] < first["val_loss"]:
+        relief, before = values.get("val_relief", np.nan), first.get("val_relief", np.nan)
+        if relief < FLATTER * before and values["val_loss"] < first["val_loss"]:
             found["flatter"] = (
                 "WARNING: the loss falls and the landscapes flatten: their range is "
                 f"{_percent(relief)} of the mean energy, {_percent(before)} at the beginning")
@@ -223,22 +228,26 @@ class Validation:
         return new
 
     def verdict(self, values, best=""):
-        """Two or three sentences at the end of a run."""
-        v, first = values, self.first
-        ratio = v.get("val_shuffled", np.nan) / v["val_l1"]
-        copy = v["val_l1"] / v["val_copy"] if v["val_copy"] else np.nan
+        """What a run came to, in one line at its end."""
+        first, l1 = self.first, values["val_l1"]
+        ratio, copy = _ratio(values, "val_shuffled", "val_l1"), _ratio(values, "val_l1", "val_copy")
         uses = ("uses the actions" if ratio >= IGNORED else "hardly uses the actions"
                 if ratio < IGNORED else "was not tried with other actions")
         lines = [f"the model {uses}" + (f" (L1 with others' {ratio:.3g} times as high)"
                                         if np.isfinite(ratio) else ""),
                  f"it is {'better' if copy < 1 else 'no better'} than copying the last frame (L1 "
-                 f"{v['val_l1']:.4g} against {v['val_copy']:.4g})"]
-        if first is not v:
-            change = v["val_l1"] / first["val_l1"] - 1
+                 f"{l1:.4g} against {values['val_copy']:.4g})"]
+        if first is not values and first["val_l1"]:
+            change = l1 / first["val_l1"] - 1
             lines.append(f"L1 one frame ahead {'fell' if change < 0 else 'rose'} by "
                          f"{_percent(abs(change))} since the beginning")
-        return "verdict: " + "; ".join(lines + [best] * bool(best)) + (
-            "; energy.py measures it on more, with intervals")
+        lines += [best] * bool(best) + ["energy.py measures it on more, with intervals"]
+        return "verdict: " + "; ".join(lines)
+
+
+def _ratio(values, name, other):
+    """values[name] / values[other], NaN if that is not known."""
+    return values[name] / values[other] if name in values and values.get(other) else np.nan
 
 
 def _percent(share):
@@ -265,10 +274,12 @@ def update_norms(world):
 
 
 def gradient_norms(world):
-    """{"grad/KIND": norm of the gradient of the adapters of a kind of layer}."""
+    """{"grad/KIND": norm of the gradient of the adapters of a kind of layer}; without those that
+    are not finite, as with fp16 where its scale is too large."""
     squares = Counter()
     for name, layer in lora.adapted_layers(world).items():
         for parameter in (layer.lora_A, layer.lora_B):
             if parameter.grad is not None:
                 squares[f"grad/{kind_of(name)}"] += parameter.grad.float().square().sum()
-    return {kind: float(value) ** 0.5 for kind, value in squares.items()}
+    norms = {kind: float(value) ** 0.5 for kind, value in squares.items()}
+    return {kind: norm for kind, norm in norms.items() if np.isfinite(norm)}

@@ -4,16 +4,19 @@ Imports no PyTorch, as all that the command line needs (running/command_line.py)
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import config
 from files.text import BOOLS, expand_home
+from running.best import about_best
 
 
 DASHES = "-‐‑‒–—―−"         # what text editors and chats make of two hyphens
 RUN = "give a run folder that train.py wrote"
-BEST = "best"               # step_best, of what validation found
+BEST = "best"               # in --steps: step_best, of what validation found
+STEP_BEST = f"step_{BEST}"
 FLAGS = ("all",)            # options without a value …
 REPEATED = ("over",)        # … and with several
 
@@ -91,10 +94,10 @@ def load(given):
 
 
 def run_folder(path):
-    """The run folder that `path` names: itself, or the one of which it is a step_N. Raises
+    """The run folder that `path` names: itself, or the one of which it is a step. Raises
     ValueError if it is neither."""
     folder = Path(path)
-    for candidate in (folder.parent, folder) if is_step(folder) else (folder,):
+    for candidate in (folder.parent, folder) if names_step(folder) else (folder,):
         # This project's own folder, and an unpacked package, have a config.yaml too.
         if (candidate / "config.yaml").is_file() and not (candidate / "config.py").exists():
             return candidate
@@ -104,6 +107,11 @@ def run_folder(path):
 def is_step(path):
     # Neither step_04 nor other scripts' digits: each step has one name.
     return re.fullmatch(r"step_(0|[1-9][0-9]*)", Path(path).name)
+
+
+def names_step(path):
+    """Whether a path is that of a step_N or of step_best."""
+    return bool(is_step(path)) or Path(path).name == STEP_BEST
 
 
 def step_folders(run, text):
@@ -117,9 +125,18 @@ def step_folders(run, text):
     for folder in folders:
         if not folder.is_dir() and folder.name != "step_0":
             found = [f"step_{step}" for step in steps_of(run)]
-            found += ["step_best"] * Path(run, "step_best").is_dir()
+            found += [STEP_BEST] * Path(run, STEP_BEST).is_dir()
             raise ValueError(f"{folder}: no such step; {run} has {', '.join(found) or 'no step'}")
     return folders
+
+
+def folder_of(run, step):
+    """The step_N folder of a run, or step_best if it is of that step and the other is gone."""
+    folder, best = Path(run, f"step_{step}"), Path(run, STEP_BEST)
+    with suppress(ValueError):
+        if not folder.exists() and about_best(best)[0] == step:
+            return best
+    return folder
 
 
 def steps_of(run):

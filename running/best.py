@@ -1,9 +1,14 @@
 """Which step of a run is the best so far, by what validation measures."""
+from pathlib import Path
+
+from files.reading import read_json
+
 
 # Criteria: (name in metrics.jsonl, whether a larger value is better).
 CRITERIA = {"val_l1": ("val_l1", False), "val_loss": ("val_loss", False),
             "percentile": ("val_percentile", False), "spearman": ("val_spearman", True),
             "shuffle_ratio": (None, True)}
+BEST = "best.json"          # in step_best: what it is the best of
 
 
 class Best:
@@ -13,32 +18,43 @@ class Best:
         """earlier: validations of the run that is resumed, as dicts."""
         self.criterion, self.step, self.value = cfg.best, 0, None
         for entry in earlier:
-            self.is_better(entry["step"], entry)
+            if self.is_better(entry["step"], entry):
+                self.step, self.value = entry["step"], self.value_of(entry)
 
     def is_better(self, step, values):
-        """Whether a validation is the best so far; if it is, `step` and `value` are its."""
-        value = self._value(values) if step and self.criterion else None
-        if value is None:
-            return False
+        """Whether a validation is the best so far."""
+        value = self.value_of(values) if step else None
+        if value is None or self.value is None:
+            return value is not None
         larger = CRITERIA[self.criterion][1]
-        if self.value is not None and (value <= self.value if larger else value >= self.value):
-            return False
-        self.step, self.value = step, value
-        return True
+        return value > self.value if larger else value < self.value
 
-    def _value(self, values):
+    def value_of(self, values):
+        """The number that decides, None where the validation has none."""
+        if not self.criterion:
+            return None
         if self.criterion == "shuffle_ratio":
-            if "val_shuffled" not in values or "val_l1" not in values:
-                return None
-            return values["val_shuffled"] / values["val_l1"]
+            own, other = values.get("val_l1"), values.get("val_shuffled")
+            return other / own if own and other is not None else None
         return values.get(CRITERIA[self.criterion][0])
-
-    def about(self):
-        """What best.json keeps."""
-        return {"step": self.step, "criterion": self.criterion, "value": self.value}
 
     def report(self):
         """The same in words, or ""."""
         if self.value is None:
             return ""
         return f"best by {self.criterion}: step {self.step} ({self.value:.4g}), in step_best"
+
+
+def about_best(folder):
+    """(step, criterion, value) of a step_best. Raises ValueError if it does not tell."""
+    path = Path(folder) / BEST
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    about = content if isinstance(content, dict) else {}
+    step, criterion, value = (about.get(key) for key in ("step", "criterion", "value"))
+    if not (type(step) is int and 0 < step < 1 << 53 and type(criterion) is str
+            and criterion in CRITERIA and type(value) in (int, float) and abs(value) < 1e300):
+        raise ValueError(f"{path}: damaged")
+    return step, criterion, float(value)

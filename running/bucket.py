@@ -41,9 +41,11 @@ from files.reading import parse_json, read_json
 TEMPORARY, PERMANENT = 75, 2        # exit status
 STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 ADAPTER, STATE = "adapter_model.safetensors", "state.pt"
-FILES = ("adapter_config.json", ADAPTER, STATE)     # of a step, besides these two:
+ADAPTER_FILES = ("adapter_config.json", ADAPTER)
+FILES = (*ADAPTER_FILES, STATE)     # of a step, besides these two:
 SUMS, UPLOADING = "SHA256SUMS", "UPLOADING"
 CUT_OFF = "its upload was cut off"
+BEST = "step_best"                  # of what validation found best, without a state
 RUN = "run.json"                    # {"id": of the run}; in the bucket also {"writer": process}
 LOGS = ("config.yaml", "metrics.jsonl", "spikes.jsonl")
 CHUNK = 4 << 20                     # bytes
@@ -354,12 +356,12 @@ def _make_sums(folder):
     return "".join(f"{_digest(path)}  {path.name}\n" for path in files)
 
 
-def _parse_sums(text):
-    """{name: SHA-256}, None if the text is damaged."""
+def _parse_sums(text, files=FILES):
+    """{name: SHA-256}, None if the text is damaged or lacks one of the files."""
     lines = [re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)\n", line)
              for line in text.splitlines(keepends=True)]
     sums = {line[2]: line[1] for line in lines if line}
-    return sums if all(lines) and sums.keys() >= set(FILES) else None
+    return sums if all(lines) and sums.keys() >= set(files) else None
 
 
 def _digest(path):
@@ -394,6 +396,7 @@ def fetch(bucket, folder, newer_than=0):
         if not fault:
             for name in LOGS:
                 _fetch_log(bucket, folder / name)
+            _fetch_best(bucket, folder / BEST)
             _keep_aside(folder / f"step_{step}")
             target.rename(folder / f"step_{step}")
             newer_than = step
@@ -434,6 +437,30 @@ def _fetch_step(bucket, step, names, folder):
         write_file(folder / SUMS, bucket.read_text(f"{step}/{SUMS}").encode())
         return ""
     return _fault_without_sums(folder)
+
+
+def _fetch_best(bucket, folder):
+    """The adapter of the best step so far, if it is there whole: its files are sent one by one."""
+    text, local = bucket.read_text(f"{folder.name}/{SUMS}"), folder / SUMS
+    if not text or local.is_file() and local.read_text(errors="replace") == text:
+        return
+    target = folder.with_name(f"{folder.name}.fetch.tmp")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    sums = _parse_sums(text, ADAPTER_FILES)
+    for name, digest in (sums or {}).items():
+        with open(target / name, "wb") as file:
+            if not bucket.exists(f"{folder.name}/{name}") or (
+                    bucket.read(f"{folder.name}/{name}", file) != digest):
+                sums = None
+                break
+    if sums:
+        write_file(target / SUMS, text.encode())
+        _keep_aside(folder)
+        target.rename(folder)
+    else:
+        shutil.rmtree(target)
+        print(f"{bucket.url}/{folder.name}: {CUT_OFF}; left out", flush=True)
 
 
 def _fault_without_sums(folder):

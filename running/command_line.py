@@ -6,10 +6,12 @@ of a recipe. Errors are one line, with exit code 1.
 """
 import itertools
 import json
+import math
 import os
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 from types import SimpleNamespace
@@ -21,13 +23,15 @@ from running import stop
 from running.arguments import (
     DASHES,
     RUN,
-    is_step,
+    STEP_BEST,
     load,
     main_steps,
+    names_step,
     run_folder,
     split,
     step_folders,
 )
+from running.best import about_best
 from running.checks import check_adapter, check_base, check_sources, check_target, check_training
 
 
@@ -58,6 +62,9 @@ OPTIONS = {
                               "(default runs/released_layout.pt)"},
     "bench.toy_study": {"seeds": "as in --seeds=0,1 (default 0,1,2,3,4)"},
 }
+# What probe can vary of section energy; of data, what each data set can have of its own.
+OF_A_LANDSCAPE = ("steps", "context", "planes", "grid", "radius", "others")
+MOST_COMBINATIONS = 64
 WITHOUT_KEYS = ("toy.py", "bench.toy_study")
 COPY = "python droid.py copy gs://…/droid_100/1.0.0 FOLDER"
 # export.py's: arguments, and the options that apply.
@@ -184,7 +191,7 @@ def _train(given):
         if os.path.isdir(path) and not cfg.resume and Path(cfg.out_dir) == run_folder(path):
             raise ValueError(f"{path}: to go on with this run add --resume; for another one with "
                              "its settings --out_dir=NEW" + (
-                                 f", which --init={path} starts from here" * bool(is_step(path))))
+                                 f", which --init={path} starts from here" * names_step(path)))
     check_training(cfg)
     return cfg
 
@@ -216,17 +223,15 @@ def _energy(given):
                   *(f"--{name}" for name in options if name not in ("from", "all"))]
         if others:
             raise ValueError(f"{others[0]}: --from reads arrays alone, no settings apply")
-        given.source = expand_home(options["from"])
-        if os.path.isdir(given.source):
-            given.source = os.path.join(given.source, "landscapes.npz")
-        if not os.path.exists(given.source):
-            raise ValueError(f"{given.source}: no such file; energy.py RUN --steps=… writes it")
+        if given.command:
+            raise ValueError(f"--from does not apply to energy.py {given.command}")
+        given.source = _landscapes(expand_home(options["from"]))
         return given
     given.cfg = cfg = load(given)
     given.debug, given.note = cfg.debug, ""
     runs = [path for path in given.paths if os.path.isdir(path)]
     steps, adapters = options.get("steps"), options.get("adapters", "")
-    folders = [path for path in runs if is_step(path)]
+    folders = [path for path in runs if names_step(path)]
     if steps:
         folders += step_folders(cfg.out_dir, steps)
     elif runs and not adapters and not folders:
@@ -242,10 +247,32 @@ def _energy(given):
         if adapter != "baseline":
             check_adapter(adapter)
     check_sources(config.flat(cfg))
+    if cfg.energy.also and given.command != "probe":
+        second = config.second_data_set(cfg.data, cfg.energy.also)
+        check_sources(config.flat(replace(cfg, data=second)))
     check_target(cfg.out_dir, folder=True)
     if given.command == "probe":
         given.combinations = _combinations(given)
     return given
+
+
+def _landscapes(path):
+    """The landscapes.npz that --from names: a file, the one in a folder, or the only one in the
+    folders of an energy/ or a run folder. Raises ValueError."""
+    file = Path(path)
+    if file.is_dir():
+        # Of a second data set, also/, are read with the first.
+        found = next((some for depth in ("", "*/", "energy/*/") if (
+            some := sorted(file.glob(f"{depth}landscapes.npz")))), [])
+        if len(found) > 1:
+            raise ValueError(f"{path}: holds several comparisons; give one of them: --from="
+                             + ", --from=".join(str(one.parent) for one in found))
+        if found and found[0].parent != file:
+            print(f"{found[0]}: the only one in {path}")
+        file = found[0] if found else file / "landscapes.npz"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; energy.py RUN --steps=… writes it")
+    return str(file)
 
 
 def _check(given):
@@ -267,22 +294,36 @@ def _combinations(given):
     usage = "such as --over=data.frame_step=4,8,15"
     if not given.options.get("over"):
         raise ValueError(f"probe needs --over, {usage}")
-    choices = []
+    choices = {}        # {key: [values as text]}
     for text in given.options["over"]:
         name, _, values = text.partition("=")
-        name = name.lstrip(DASHES).replace("-", "_")
-        if not name.startswith(("data.", "energy.")) or not values:
-            raise ValueError(f"--over={text}: takes a key of data or energy and its values, "
-                             f"{usage}")
+        name = name.lstrip(DASHES).replace("-", "_").strip()
         # Commas within brackets belong to one value.
-        values = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
-        choices.append([f"{name}={value.strip()}" for value in values])
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
+        if not parts or len(",".join(parts)) < len(values):
+            raise ValueError(f"--over={text}: takes a key and its values with commas between them, "
+                             f"{usage}")
+        of_data, of_energy = name.removeprefix("data."), name.removeprefix("energy.")
+        if name in config.flat(config.Config()) and not (
+                of_data != name and of_data.split(".")[0] in config.OF_A_DATA_SET
+                or of_energy != name and of_energy in OF_A_LANDSCAPE):
+            raise ValueError(
+                f"--over={text}: probe compares landscapes on the same moments under other values "
+                f"of {', '.join(f'data.{key}' for key in config.OF_A_DATA_SET)}, "
+                f"{', '.join(f'energy.{key}' for key in OF_A_LANDSCAPE)}; {usage}")
+        values = choices.setdefault(name, [])
+        values += [value for part in parts if (value := part.strip()) not in values]
+    n = math.prod(map(len, choices.values()))
+    if n > MOST_COMBINATIONS:
+        raise ValueError(f"--over: makes {n:,} combinations; give {MOST_COMBINATIONS} at most")
     found = []
-    for chosen in itertools.product(*choices):
-        keys = [*given.keys, *(f"--{one}" for one in chosen)]
-        cfg = load(SimpleNamespace(paths=given.paths, keys=keys))
+    for chosen in itertools.product(*choices.values()):
+        keys = [f"--{name}={value}" for name, value in zip(choices, chosen)]
+        cfg = load(SimpleNamespace(paths=given.paths, keys=[*given.keys, *keys]))
         check_sources(config.flat(cfg))
-        found.append((" ".join(one.rpartition(".")[2] for one in chosen), cfg))
+        title = " ".join(f"{name.rpartition('.')[2]}={value}"
+                         for name, value in zip(choices, chosen))
+        found.append((title, cfg))
     return found
 
 
@@ -418,7 +459,9 @@ def _package(given):
     given.cfg = load(given)
     run = run_folder(run)
     steps = given.options.get("steps") or ",".join(map(str, [0, *main_steps(given.cfg, run)]))
-    given.paths, given.steps = [run], [int(f.name[5:]) for f in step_folders(run, steps)]
+    folders = step_folders(run, steps)
+    numbers = [about_best(f)[0] if f.name == STEP_BEST else int(f.name[5:]) for f in folders]
+    given.paths, given.steps = [run], list(dict.fromkeys(numbers))
     if not re.fullmatch(r"0*[1-9]\d{0,8}", trajectories):
         raise ValueError(f"--trajectories={trajectories}: give a whole number from 1")
     given.trajectories = int(trajectories)

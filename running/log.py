@@ -119,15 +119,17 @@ class Logger:
 
 
 def validations(path, start):
-    """The lines of a metrics.jsonl up to step `start` that hold a validation, as dicts; [] without
-    such a file."""
+    """The lines of a metrics.jsonl up to step `start` that hold a validation, as dicts of numbers;
+    [] without such a file. What is no finite number in them is left out."""
     found = []
-    with suppress(OSError):
-        for line in open(path, "rb"):
-            if b'"val_loss"' in line and (_step_of(line) or 0) <= start:
-                with suppress(ValueError):
-                    found.append(json.loads(line))
-    return [entry for entry in found if "step" in entry]
+    with suppress(OSError), open(path, "rb") as file:
+        for line in iter(lambda: file.readline(1 << 20), b""):
+            step = _step_of(line)
+            if step is not None and step <= start:
+                entry = {key: value for key, value in json.loads(line).items()
+                         if type(value) in (int, float) and abs(value) < 1e300}
+                found += [entry] * ("val_loss" in entry)
+    return found
 
 
 def _step_of(line):

@@ -32,7 +32,7 @@ class Run:
         lora.inject(self.world, rank=2, targets=["0"])
         cfg = SimpleNamespace(
             grad_accum=2, precision=precision, lr=1e-4, data=SimpleNamespace(latents="", **data),
-            model=SimpleNamespace(checkpoint="base.pt"))
+            model=SimpleNamespace(checkpoint="base.pt"), loss=config.LossConfig())
         self.said, self.stop = [], SimpleNamespace(number=0, of_ranks=None)
         self.watch = Watch(cfg, self.world, out, torch.device("cpu"), lambda: 5, self.said.append)
         self.poses = {"states": torch.ones(1, 3, 7), "actions": torch.zeros(1, 3, 7)}
