@@ -44,6 +44,7 @@ from evaluation.analysis import (  # noqa: F401
     read_clips,
 )
 from evaluation.energies import (  # noqa: F401
+    BYTES_PER_TOKEN,
     chunk_size,
     grid,
     landscape,

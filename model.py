@@ -131,8 +131,8 @@ class WorldModel(nn.Module):
     def distances(self, z, h):
         """Mean L1 and mean squared distance (L2) of predictions z [B, …, D] from latents h of that
         shape or [N, D]: [B, 2]."""
-        d = (z - h.float()).flatten(1)
-        return torch.stack([d.abs().mean(dim=1), d.square().mean(dim=1)], dim=1)
+        d = (z - h.float()).abs().flatten(1)
+        return torch.stack([d.mean(dim=1), d.square().mean(dim=1)], dim=1)
 
     def forward(self, actions, states, frames=None, h=None, rollout=2):
         """The objective of one micro-batch: encode the frames, unless their latents h are given,

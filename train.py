@@ -153,7 +153,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
         validate(0, {})
 
     micro_step = partial(forward_backward, world, scaler=scaler, autocast=autocast,
-                         cfg=cfg)
+                         rollout=cfg.rollout if cfg.loss.rollout else 0, weights=asdict(cfg.loss),
+                         grad_accum=cfg.grad_accum)
     if accelerated:
         # Ranks talk after the last micro-batch only, so that the graph holds no communication.
         micro_step = fast.CUDAGraph(micro_step, trainable)
@@ -222,12 +223,13 @@ def run(cfg, device, run_folder, mirror, picked=""):
     return out / f"step_{last_save}"
 
 
-def forward_backward(world, batch, *, scaler, autocast, cfg):
-    """Adds a micro-batch's share of the gradient -> its losses, detached."""
+def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum, weights=None):
+    """Adds a micro-batch's share of the gradient -> its losses, detached. weights: {loss: what it
+    counts}, 1 for one that is not there."""
     with autocast:
-        losses = world(**batch, rollout=cfg.rollout if cfg.loss.rollout else 0)
-        loss = sum(weight_of(cfg, name) * value for name, value in losses.items())
-        loss = loss / cfg.grad_accum
+        losses = world(**batch, rollout=rollout)
+        loss = sum((weights or {}).get(name, 1) * value for name, value in losses.items())
+        loss = loss / grad_accum
     scaler.scale(loss).backward()                                   # scales nothing unless fp16
     return {name: value.detach() for name, value in losses.items()}
 

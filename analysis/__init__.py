@@ -73,6 +73,7 @@ frame; an energy is the mean L1 distance between latents.
   the settings
     context             [] int              frames that are known before the action
     protocol, objective [] text             energy.protocol; the energy that planners lower
+    also                [] text             energy.also, if this is the second data set
     settings            [] text             fingerprint of pairs, weights and settings
     radius              []                  metres; half width of grids and of the planners' box
     steps, frame_step   []                  the goal lies steps x frame_step recorded frames on

@@ -30,7 +30,7 @@ PLANNER = {"{}_moves": "real C P H 3", "{}_energy": "real C P H", "{}_seconds": 
 # Those of earlier versions lack some of these. A name of L2 energies begins with l2_.
 OPTIONAL = {
     "frames": "u8 P 2 height width 3", "is_control": "int C", "plan_horizons": "int H",
-    "context": "int",
+    "context": "int", "also": "text",
     "protocol": "text", "objective": "text", "settings": "text", "l2_true": "real C P",
     "l2_zero": "real C P", "l2_negatives": "real C P M", "l2_horizon": "real C P T-1",
     "l2_horizon_copy": "real P T-1", "actions_shell": "real P S 7", "energy_shell": "real C P S",

@@ -60,7 +60,11 @@ COLUMNS = (
     ("Spearman", "xy spearman", 2),
     ("Δx–Δz argmin distance, cm", "xz argmin_error", 1),
     ("CEM, cm", "cem 1 error", 1),
-    ("percentile, equal lengths", "direction shell_percentile", 0),
+)
+# Of a second table.
+MORE_COLUMNS = (
+    ("truth's percentile, its length", "direction shell_percentile", 0),
+    ("minimum at zero, share", "xy at_zero", 2),
     ("L1 / copy", "model copy_ratio_1", 2),
     ("loss, others' actions / own", "model shuffle_ratio", 2),
 )
@@ -146,7 +150,7 @@ def summarise(values, episodes):
     """{column's title: mean over all pairs, its interval, the seeds' own means} of one checkpoint,
     from its {metric: [pairs of a seed, …]}."""
     cells = {}
-    for title, key, _ in COLUMNS:
+    for title, key, _ in COLUMNS + MORE_COLUMNS:
         if key in values:
             mean, low, high = cluster_bootstrap(np.concatenate(values[key]), episodes)
             seeds = [float(np.nanmean(per_pair)) for per_pair in values[key]]
@@ -154,10 +158,10 @@ def summarise(values, episodes):
     return cells
 
 
-def table(result):
-    """study.json as a table in Markdown."""
-    decimals = {title: digits for title, _, digits in COLUMNS}
-    titles = [*decimals, ANGLES]
+def table(result, columns=COLUMNS):
+    """study.json as a table in Markdown. The first one ends with W*."""
+    decimals = {title: digits for title, _, digits in columns}
+    titles = [*decimals, ANGLES] if columns is COLUMNS else [*decimals]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for title, cells in result["lines"].items():
         row = [_cell(cells.get(column), decimals.get(column, 0)) for column in titles]
@@ -232,6 +236,8 @@ def _run(given):
     files.write_file(OUT / "study.json", json.dumps(result, indent=1).encode())
     draw(result, OUT / "evolution.png")
     print(table(result))
+    print()
+    print(table(result, MORE_COLUMNS))
     print(f"{OUT}: study.json, evolution.png; {len(seeds)} seeds, {result['pairs']} pairs")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
@@ -34,64 +33,27 @@ from analysis.planners import (
     mppi,
 )
 from episodes.identity import trained_with_shuffled_actions
-from episodes.pairs import choose_clips, seen_in_training, true_action
-from episodes.poses import pose_deltas
+from episodes.pairs import choose_clips, seen_in_training
 from episodes.stored import all_finite, check_store
 from evaluation.energies import (
     L1,
     L2,
     chunk_size,
-    grid,
     landscapes,
-    ray,
-    roll_out,
     sequence_energies,
-    shell,
     uncompiled,
 )
+from evaluation.pair_arrays import losses_and_horizons, pair_arrays
+from evaluation.protocol import plan_horizons, with_protocol
 from evaluation.unfinished import UNFINISHED, Unfinished
 from files import write_npz
 from files.reading import read_npz
 
 
-N_NEGATIVES = 32            # real actions of other moments that each true action is compared with
-N_SHELL = 64                # actions as long as the true one, 26° apart
-RAY_MULTIPLES = np.linspace(0, 2, 9)        # of the true action, with 0 and 1 among them
+CLIPS_AT_A_TIME = 4         # for losses: as many tokens as a batch of actions
 BASELINE = "baseline"
 LONGEST_NAME = 100          # bytes of a folder's name, of the 255 that file systems take
 VERSION = 2                 # of what is measured: results of another one are not taken over
-
-# The protocol of jepa-wms (arXiv:2512.24497, appendix): what a key is there, unless it is given.
-JEPA_WMS = dict(context=2, horizon=3, steps=3, objective="l2", planners=("cem_jepa_wms",),
-                pairs=64, per_episode=1)
-
-
-def with_protocol(cfg):
-    """The Config with what energy.protocol stands for, where nothing else was asked for."""
-    if not cfg.energy.protocol:
-        return cfg
-    given = cfg.given or {}
-    values = {key: value for key, value in JEPA_WMS.items() if f"energy.{key}" not in given}
-    return replace(cfg, energy=replace(cfg.energy, **values))
-
-
-def _protocol(e):
-    """The name of the protocol, and what was changed of it: such numbers are not comparable."""
-    if not e.protocol:
-        return ""
-    changed = [f"{key} {_plain(getattr(e, key))}" for key, value in JEPA_WMS.items()
-               if key not in ("pairs", "per_episode") and getattr(e, key) != value]
-    return f"{e.protocol} but with {', '.join(changed)}" if changed else e.protocol
-
-
-def _plain(value):
-    return " and ".join(value) or "none" if isinstance(value, tuple) else value
-
-
-def plan_horizons(cfg):
-    """How many clip frames ahead the planners look: of a published protocol that one alone."""
-    e = cfg.energy
-    return [e.horizon] if e.protocol else list(range(1, e.horizon + 1))
 
 
 def read_clips(cfg):
@@ -250,7 +212,7 @@ class Analysis:
                    for clip in pairs.clips]                             # P x [T, N, D]
         for clip, x in zip(pairs.clips, pairs.h):
             _check_finite(all_finite(x), f"the latents of {clip['episode']}", self.precision)
-        pairs.arrays = _pair_arrays(pairs.cfg, pairs.clips, pairs.h) | {
+        pairs.arrays = pair_arrays(pairs.cfg, pairs.clips, pairs.h) | {
             "device": np.array(model.device_name(self.device)), "dtype": np.array(self.precision),
             "base": np.array(self.base), "settings": np.array(pairs.settings)}
         # For the words: the settings of a set are the same whether it stands alone or not.
@@ -299,13 +261,16 @@ class Analysis:
                 bar.update(per_pair * (len(clips) - len(left)))
                 if adapter == BASELINE and (c, "null") not in done:
                     done[c, "null"] = {"null_difference": self._null_difference(pairs)}
-                elif left:
+                elif left or (c, "losses") not in done:
                     choose_adapter(world.predictor, adapter, cfg.lora)
                 for p in left:
                     done[c, p] = self._one_pair(pairs, p, name)
                     bar.update(per_pair)
+                if (c, "losses") not in done:
+                    done[c, "losses"] = self._losses(pairs, name)
                 rows = [done[c, p] for p in range(len(clips))]
-                found.append({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+                found.append({key: np.stack([row[key] for row in rows]) for key in rows[0]}
+                             | done[c, "losses"])
                 arrays |= {key: np.stack([one[key] for one in found]) for key in found[0]}
                 n = len(found)
                 arrays |= done[0, "null"] | {
@@ -342,14 +307,14 @@ class Analysis:
 
     def _one_pair(self, pairs, p, name):
         """The arrays of one checkpoint and one pair: those with [C, P, …] in landscapes.npz."""
-        cfg, arrays, clip, h = pairs.cfg, pairs.arrays, pairs.clips[p], pairs.h[p]
-        e, where = cfg.energy, f"of {clip['episode']} under {name}"
+        e, arrays = pairs.cfg.energy, pairs.arrays
         # In one call, so that all chunks but the last are full ones.
         actions = {plane: arrays[f"actions_{plane}"][p] for plane in [*e.planes, "shell", "ray"]}
         actions |= {"true": arrays["true_actions"][p][None], "zero": np.zeros((1, 7)),
                     "negatives": arrays["negatives"][p]}
         energies = self._energies(pairs, p, np.concatenate(list(actions.values())))
-        _check_finite(energies.isfinite().all(), f"the energies {where}", self.precision)
+        _check_finite(energies.isfinite().all(),
+                      f"the energies of {pairs.clips[p]['episode']} under {name}", self.precision)
         out = {}
         parts = energies.cpu().split([len(x) for x in actions.values()])
         for key, part in zip(actions, parts):
@@ -357,11 +322,22 @@ class Analysis:
             out |= {f"energy_{key}": part[..., L1].numpy(), f"l2_{key}": part[..., L2].numpy()}
         for planner in e.planners:
             out |= self._plans(pairs, p, planner)
+        return out
+
+    def _losses(self, pairs, name):
+        """What `losses_and_horizons` measures of one checkpoint, of all pairs: [P, …] each."""
+        n, found = CLIPS_AT_A_TIME, []
         with uncompiled(self.world):
-            out |= _losses_and_horizon(self.world, h, clip, arrays["shuffled"][p])
+            for i in range(0, len(pairs.clips), n):
+                found.append(losses_and_horizons(self.world, pairs.h[i:i + n],
+                                                 pairs.clips[i:i + n],
+                                                 pairs.arrays["shuffled"][i:i + n]))
+        out = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
         # Those of shuffled actions may be undefined.
-        finite = np.isfinite([out["loss"], out["loss_zero"], *out["horizon_l1"]]).all()
-        _check_finite(finite, f"the losses {where}", self.precision)
+        for p, clip in enumerate(pairs.clips):
+            finite = np.isfinite([out["loss"][p], out["loss_zero"][p], *out["horizon_l1"][p]])
+            _check_finite(finite.all(), f"the losses of {clip['episode']} under {name}",
+                          self.precision)
         return out
 
     def _plans(self, pairs, p, planner):
@@ -465,69 +441,6 @@ def _training_step(name):
     return int(found[1]) if found else 0 if name == BASELINE else -1
 
 
-def _pair_arrays(cfg, clips, h):
-    """The arrays that depend on the pairs alone, not on a checkpoint."""
-    e, P, steps, now = cfg.energy, len(clips), cfg.energy.steps, cfg.energy.context - 1
-    random = np.random.default_rng(cfg.seed)
-    goal = now + steps
-    states = np.stack([clip["states"].numpy() for clip in clips]).astype(float)     # [P, T, 7]
-    truth = np.stack([true_action(s[now:], steps) for s in states])                 # [P, 7]
-    actions = np.stack([pose_deltas(s) for s in states])                            # [P, T-1, 7]
-    T = states.shape[1]
-
-    # Real actions of other moments: those of other pairs, and the pair's own after the goal.
-    pools = [np.concatenate([np.delete(actions, p, axis=0).reshape(-1, 7), actions[p, goal:]])
-             for p in range(P)]
-    n_negatives = min(N_NEGATIVES, min(map(len, pools)))
-    negatives = [pool[random.choice(len(pool), n_negatives, False)] for pool in pools]
-    shuffled = [pool[random.integers(len(pool), size=T - 1)] if len(pool)
-                else np.full((T - 1, 7), np.nan) for pool in pools]
-
-    # Energies between real frames: what a perfect predictor could reach with this encoder. The
-    # goal itself is left out: its energy would be zero.
-    others = [i for i in range(T) if i != goal]
-    real_actions = [[pose_deltas(s[[now, i]])[0] if i != now else np.zeros(7) for i in others]
-                    for s in states]
-    real_energy = [_mean_l1(x[others], x[goal]) for x in h]
-
-    arrays = {
-        "episodes": np.array([clip["episode"] for clip in clips]), "planes": np.array(e.planes),
-        "radius": np.array(e.radius), "steps": np.array(steps),
-        "context": np.array(e.context), "protocol": np.array(_protocol(e)),
-        "objective": np.array(e.objective),
-        "frame_step": np.array(clips[0]["frame_step"]), "true_actions": truth, "states": states,
-        "negatives": np.stack(negatives), "shuffled": np.stack(shuffled),
-        "horizon_copy": np.stack([_mean_l1(x[1:], x[:1]) for x in h]),
-        "l2_horizon_copy": np.stack([_mean_l2(x[1:], x[:1]) for x in h]),
-        "oracle_actions": np.stack(real_actions), "oracle_energy": np.stack(real_energy),
-        "oracle_truth": np.stack([pose_deltas(s[[now, goal]])[0] for s in states]),
-        "actions_shell": np.stack([shell(t, N_SHELL) for t in truth]),
-        "actions_ray": np.stack([ray(t, RAY_MULTIPLES) for t in truth]),
-        "ray_multiples": RAY_MULTIPLES}
-    if "frames" in clips[0]:
-        arrays["frames"] = np.stack([clip["frames"][:, [now, goal]].permute(1, 2, 3, 0).numpy()
-                                     for clip in clips])
-    for plane in e.planes:
-        arrays[f"actions_{plane}"] = np.stack(
-            [grid(plane, e.radius, e.grid, t if e.others == "truth" else None) for t in truth])
-    if e.planners:
-        horizons = plan_horizons(cfg)
-        arrays["plan_horizons"] = np.array(horizons)                                # [H]
-        arrays["true_moves"] = np.stack(
-            [states[:, now + n, :3] - states[:, now, :3] for n in horizons], axis=1)    # [P, H, 3]
-    return arrays
-
-
-def _mean_l1(z, h):
-    """Mean L1 of each frame, z [n, N, D] against h [N, D] or [1, N, D]: [n] in NumPy."""
-    return (z - h).abs().mean(dim=(1, 2)).cpu().numpy()
-
-
-def _mean_l2(z, h):
-    """The same with the mean of the squares."""
-    return (z - h).square().mean(dim=(1, 2)).cpu().numpy()
-
-
 def _evaluations(cfg, arrays):
     """How many actions are evaluated per pair and checkpoint, for the progress bar; a step of the
     gradient planner counts three (forward and backward)."""
@@ -546,18 +459,3 @@ def _check_finite(finite, what, precision):
         cure = ("use --precision=bf16 or fp32" if precision == "fp16" else
                 "the weights have grown too large; take an earlier step")
         raise ValueError(f"{what} are not finite in {precision} (NaN or infinite); {cure}")
-
-
-@torch.no_grad()
-def _losses_and_horizon(world, h, clip, shuffled):
-    """Losses with the clip's own actions, with others and with none: they differ if the model uses
-    actions. And L1 and L2 of the model's own predictions by horizon."""
-    states, actions = clip["states"].to(h.device)[None], clip["actions"].to(h.device)[None]
-    shuffled = F.pad(torch.from_numpy(shuffled).float(), (0, 0, 0, 1)).to(h.device)[None]
-    out = {}
-    for name, a in (("loss", actions), ("loss_shuffled", shuffled),
-                    ("loss_zero", torch.zeros_like(actions))):                      # [1, T, 7]
-        out[name] = world.losses(h[None], a, states, rollout=0)["teacher_forcing"].item()
-    predicted = roll_out(world, h[None], actions, states)[0]                        # [T-1, N, D]
-    return out | {"horizon_l1": _mean_l1(predicted, h[1:]),
-                  "l2_horizon": _mean_l2(predicted, h[1:])}

@@ -33,7 +33,8 @@ from episodes.identity import about_episode, of_episode
 from episodes.source import DamagedEpisode
 from episodes.stored import with_frames
 from episodes.windows import clip_states_actions, in_split, usable_starts
-from evaluation.analysis import Analysis, free_folder, with_protocol
+from evaluation.analysis import Analysis, free_folder
+from evaluation.protocol import with_protocol
 from files import say_once, write_file
 from running.lock import Lock
 

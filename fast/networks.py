@@ -195,8 +195,8 @@ def l1_of_raw(z, h):
 
 def l1_and_l2(z, h):
     """`WorldModel.distances`."""
-    d = (z - h.float()).flatten(1)
-    return torch.stack([d.abs().mean(dim=1), d.square().mean(dim=1)], dim=1)
+    d = (z - h.float()).abs().flatten(1)
+    return torch.stack([d.mean(dim=1), d.square().mean(dim=1)], dim=1)
 
 
 class FastWorldModel(model.WorldModel):

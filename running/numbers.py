@@ -188,7 +188,8 @@ class Watch:
 
     def _weighted(self, losses):
         """The loss that is trained: a spike of one that counts nothing is none."""
-        return sum(getattr(self.cfg.loss, name, 1.0) * value for name, value in losses.items())
+        weights = getattr(self.cfg, "loss", None)
+        return sum(getattr(weights, name, 1.0) * value for name, value in losses.items())
 
     def _look_for_spike(self, step, loss):
         if len(self.recent) >= FEWEST:

@@ -19,7 +19,8 @@ import model
 from analysis import compare, measures
 from analysis.planners import cem_jepa_wms
 from episodes.poses import apply_action, pose_deltas
-from evaluation.analysis import Analysis, with_protocol
+from evaluation.analysis import Analysis
+from evaluation.protocol import protocol_name, with_protocol
 from small import write_records, write_trajectories
 
 
@@ -52,9 +53,9 @@ def test_what_is_given_on_the_command_line_or_in_a_recipe_counts(tmp_path):
     e = with_protocol(cfg).energy
     assert (e.context, e.pairs, e.objective, e.horizon) == (3, 5, "l1", 2)
     assert (e.steps, e.planners, e.per_episode) == (3, ("cem_jepa_wms",), 1)
-    name = evaluation.analysis._protocol(e)
+    name = protocol_name(e)
     assert name == "jepa_wms but with context 3, horizon 2, objective l1"
-    assert evaluation.analysis._protocol(
+    assert protocol_name(
         with_protocol(config.load(["--energy.protocol=jepa_wms"])).energy) == "jepa_wms"
     with pytest.raises(ValueError, match="choose from"):
         config.load(["--energy.protocol=jepa"])
@@ -210,7 +211,7 @@ def test_records_lerobot_and_latents_of_the_same_episodes_have_the_same_landscap
 def test_what_checkpoints_share_is_computed_once(base, tmp_path, monkeypatch):
     fingerprint = model.load(base / "base.pt", "tiny")[0].base_fingerprint
     adapters = [str(save_adapter(tmp_path / f"step_{i}", B=0.1, base=fingerprint)) for i in (1, 2)]
-    encode, pair_arrays, load = (model.WorldModel.encode, evaluation.analysis._pair_arrays,
+    encode, pair_arrays, load = (model.WorldModel.encode, evaluation.analysis.pair_arrays,
                                  lora.load)
     counts = dict(encode=0, arrays=0, load=0)
 
@@ -220,7 +221,7 @@ def test_what_checkpoints_share_is_computed_once(base, tmp_path, monkeypatch):
             return function(*args, **kwargs)
         return call
     monkeypatch.setattr(model.WorldModel, "encode", counted("encode", encode))
-    monkeypatch.setattr(evaluation.analysis, "_pair_arrays", counted("arrays", pair_arrays))
+    monkeypatch.setattr(evaluation.analysis, "pair_arrays", counted("arrays", pair_arrays))
     monkeypatch.setattr(lora, "load", counted("load", load))
     cfg = recipe(base, tmp_path, "--energy.pairs=5", "--energy.planners=[]")
     analysis = Analysis(cfg, adapters)
