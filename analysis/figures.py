@@ -168,7 +168,7 @@ def is_flat(arrays, plane, c, p):
 def _pair_title(arrays, p):
     """The pair's number in metrics.csv, and its episode."""
     name = arrays["episodes"].tolist()[p].removesuffix("/trajectory.h5")
-    return f"pair {p}\n{shortened(name, 18)}"
+    return f"pair {p}\n{shortened(name, 15)}"
 
 
 def _mark_true_action(panel, truth, edge):
