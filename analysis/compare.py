@@ -156,11 +156,11 @@ def _chance(arrays):
     """{metric: what it is for a landscape of noise or, of plans, for a plan of no motion}."""
     axes = [AXES.index(axis) for axis in arrays["planes"][0]]
     off = (arrays[f"actions_{arrays['planes'][0]}"] - arrays["true_actions"][:, None])[..., axes]
-    found = {"rank": 50.0, "spearman": 0.0, "top1": 0.01, "top5": 0.05, "margin": 0.0,
-             "info_nce": float(np.log(1 + arrays["energy_negatives"].shape[2])),
-             "argmin_error": 100 * float(np.linalg.norm(off, axis=-1).mean()), "angle": 90.0,
-             "shell_percentile": 50.0, "shell_angle": 90.0, "shell_spearman": 0.0,
-             "shuffle_ratio": 1.0, "zero_ratio": 1.0, "copy_ratio_1": 1.0}
+    found = {"copy_ratio_1" if name == "copy_ratio" else name: metric.chance
+             for name, metric in measures.METRICS.items() if metric.chance is not None}
+    # Those that depend on the data.
+    found |= {"info_nce": float(np.log(1 + arrays["energy_negatives"].shape[2])),
+              "argmin_error": 100 * float(np.linalg.norm(off, axis=-1).mean())}
     if "true_moves" in arrays:
         still = np.linalg.norm(arrays["true_moves"][:, 0], axis=-1)             # [P] metres
         found["error"] = 100 * float(still.mean())
@@ -223,17 +223,21 @@ def interval(values, episodes):
 
 def _calibrations(arrays, c):
     """W* of checkpoint c, from the minima of each plane and from the moves of CEM."""
-    episodes = arrays["episodes"]
     out = {}
     for plane in arrays["planes"].tolist():
         axes = [AXES.index(axis) for axis in plane]
         lowest = arrays[f"energy_{plane}"][c].argmin(axis=1)                    # [P]
         inferred = arrays[f"actions_{plane}"][np.arange(len(lowest)), lowest][:, axes]
         true = arrays["true_actions"][:, axes]
-        out[plane] = measures.calibration_with_interval(inferred, true, episodes)
+        out[plane] = inferred, true
     if "cem_moves" in arrays:
-        inferred, true = arrays["cem_moves"][c, :, 0], arrays["true_moves"][:, 0]
-        out["cem 1"] = measures.calibration_with_interval(inferred, true, episodes)
+        steps = arrays.get("plan_horizons", [1])[0]
+        out[f"cem {steps}"] = arrays["cem_moves"][c, :, 0], arrays["true_moves"][:, 0]
+    out = {group: measures.calibration_with_interval(*moves, arrays["episodes"])
+           for group, moves in out.items()}
+    if len(set(arrays["episodes"].tolist())) < MIN_EPISODES:
+        out = {group: fit | {"angle_low": np.nan, "angle_high": np.nan}
+               for group, fit in out.items()}
     return out
 
 
@@ -273,8 +277,7 @@ def find_warnings(arrays):
                      "smaller changes than that mean nothing")
     for plane in planes:
         for c, name in enumerate(names):
-            energy = arrays[f"energy_{plane}"][c]
-            n_flat = np.sum(np.ptp(energy, axis=1) < measures.FLAT_SHARE * energy.mean(axis=1))
+            n_flat = sum(map(measures.is_flat, arrays[f"energy_{plane}"][c]))
             if n_flat:
                 lines.append(f"{group_title(plane)}, {name}: {n_flat} of {P} landscapes are flat, "
                              "within 1 % of their mean: where their minimum lies means little")

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.compare import group_title
-from analysis.measures import AXES, COORDINATE_DECIMALS, FLAT_SHARE, describe
-from analysis.table import PLANNERS
+from analysis.measures import AXES, COORDINATE_DECIMALS, describe, is_flat
+from analysis.table import PLANNERS, shortened
 from files import write_file
 
 
@@ -70,13 +70,8 @@ def all_figures(arrays, result):
         yield "horizon", horizons(arrays)
 
 
-def shortened(text, n=LONGEST_NAME):
-    """A name of a checkpoint, in a figure: its end tells it from others."""
-    return text if len(text) <= n else f"…{text[1 - n:]}"
-
-
 def _names(arrays):
-    return [shortened(name) for name in arrays["checkpoints"].tolist()]
+    return [shortened(name, LONGEST_NAME) for name in arrays["checkpoints"].tolist()]
 
 
 def _two_axis_planes(arrays):
@@ -134,7 +129,7 @@ def heat_maps(arrays, plane, pairs=None):
             lowest = np.unravel_index(energy.argmin(), energy.shape)
             panel.plot(*ticks[list(lowest)], **MINIMUM_MARKER, mec="white", clip_on=False)
             _mark_true_action(panel, _true_position(arrays, plane, pairs[c]), edges[1])
-            if is_flat(arrays, plane, r, pairs[c]):
+            if is_flat(arrays[f"energy_{plane}"][r, pairs[c]]):
                 panel.text(0.5, 0.04, "flat", transform=panel.transAxes, ha="center", va="bottom",
                            fontsize=6, bbox={"fc": "white", "ec": "none", "pad": 0.8})
             if r == 0:
@@ -157,12 +152,6 @@ def heat_maps(arrays, plane, pairs=None):
 def _line(c):
     """Of checkpoint c: dashed where colours come a second time."""
     return "o-" if c < len(COLOURS) else "o--"
-
-
-def is_flat(arrays, plane, c, p):
-    """Whether a landscape lies within 1 % of its mean: what it looks like then means little."""
-    energy = arrays[f"energy_{plane}"][c, p]
-    return bool(np.ptp(energy) < FLAT_SHARE * energy.mean())
 
 
 def _pair_title(arrays, p):
@@ -203,7 +192,7 @@ def surfaces(arrays, plane, pair=0):
                 panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, scale_end], color=TRUE_COLOUR,
                            lw=1.5, zorder=10)
             panel.set(zlim=(0, scale_end))
-            flat = " (flat)" * is_flat(arrays, plane, c, pair)
+            flat = " (flat)" * is_flat(arrays[f"energy_{plane}"][c, pair])
             panel.set_title(names[c] + flat, y=0.97)
             panel.set_xlabel(f"Δ{plane[0]} (cm)", labelpad=-6)
             panel.set_ylabel(f"Δ{plane[1]} (cm)", labelpad=-6)

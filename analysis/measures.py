@@ -163,7 +163,7 @@ def metrics(actions, energy, true_action):
     mean = np.abs(energy).mean()
     out["relative_range"] = out["range"] / mean if mean != 0 else 0.0
     if np.isfinite(energy).all():
-        out["flat"] = float(out["relative_range"] < FLAT_SHARE)
+        out["flat"] = float(is_flat(energy))
     # argmin of a constant array is its first element, a corner of the grid. It would look like a
     # measured distance, so a landscape without relief gets NaN instead.
     if _is_constant(energy):
@@ -198,6 +198,13 @@ def metrics(actions, energy, true_action):
     if inside:
         out["monotone_rays"] = _monotone_rays(ticks, values, truth)
     return out
+
+
+def is_flat(energy):
+    """Whether a landscape [K] lies within FLAT_SHARE of its mean: what it looks like means
+    little then."""
+    spread = np.ptp(energy)
+    return bool(spread < FLAT_SHARE * np.abs(energy).mean() or spread == 0)
 
 
 def _is_constant(energy):

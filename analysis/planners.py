@@ -31,9 +31,11 @@ GRIPPER_THRESHOLD = 0.25
 # Largest change of gripper closedness a step, in both versions of CEM.
 GRIPPER_LIMIT = 0.75
 
-# Of jepa-wms: initial std of all 7 dimensions, and the largest norm of (xyz, rotation) a step.
+# Of jepa-wms: initial std of all 7 dimensions, the largest norm of (xyz, rotation) a step, and what
+# a plan costs.
 JEPA_WMS_STD = 0.1
 JEPA_WMS_NORM = 0.1
+JEPA_WMS_SAMPLES, JEPA_WMS_ITERATIONS = 300, 15
 
 # A weight falls by a factor of e for each TEMPERATURE standard deviations of the energies. Largest
 # errors measured on bowls and cones: 0.02 mm at one step and 2.3 mm at two (0.7 has not converged
@@ -72,8 +74,8 @@ def cem(energy_of, horizon=1, samples=800, iterations=10, elites=10, box=0.075, 
     return _plan(mean, energy_of, started)
 
 
-def cem_jepa_wms(energy_of, horizon=3, samples=300, iterations=15, elites=10, seed=0,
-                 device="cpu"):
+def cem_jepa_wms(energy_of, horizon=3, samples=JEPA_WMS_SAMPLES, iterations=JEPA_WMS_ITERATIONS,
+                 elites=10, seed=0, device="cpu"):
     """Cross-entropy method as in the protocol of jepa-wms (arXiv:2512.24497): all 7 dimensions.
 
     Arguments and errors as for `cem`. The 6 numbers (xyz in metres, rotation in radians) of each

@@ -89,6 +89,11 @@ def shown_names(result):
             for name, one in result["checkpoints"].items()]
 
 
+def shortened(text, n):
+    """A name in n characters at most: its end tells it from others."""
+    return text if len(text) <= n else f"…{text[1 - n:]}"
+
+
 def _shown(names):
     """The metrics in the table; of the ratios by horizon the first and the last, between which the
     others lie."""

@@ -16,6 +16,7 @@ from analysis.table import (
     differs,
     group_title,
     legend_of,
+    shortened,
     shown_names,
 )
 
@@ -237,7 +238,7 @@ def _enough(result, adapters):
 def _named(result, name):
     """A checkpoint's name in a sentence."""
     control = " (control)" if result["checkpoints"][name]["control"] else ""
-    return (name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME:]}") + control
+    return shortened(name, LONGEST_NAME) + control
 
 
 def _list(texts):

@@ -27,6 +27,8 @@ from analysis.arrays import check
 from analysis.planners import (
     GRADIENT_ITERATIONS,
     GRADIENT_STARTS,
+    JEPA_WMS_ITERATIONS,
+    JEPA_WMS_SAMPLES,
     cem,
     cem_jepa_wms,
     gradient_plan,
@@ -362,7 +364,7 @@ class Analysis:
 def run_planner(planner, energy_of, horizon, e, seed, device):
     """A Plan. planner: of energy.planners; e: an EnergyConfig."""
     common = dict(horizon=horizon, seed=seed, device=device)
-    if planner == "cem_jepa_wms":               # as published: 300 samples, 15 iterations
+    if planner == "cem_jepa_wms":               # with its own samples and iterations
         return cem_jepa_wms(energy_of, **common)
     if planner == "gradient":
         return gradient_plan(energy_of, box=e.radius, **common)
@@ -448,7 +450,8 @@ def _evaluations(cfg, arrays):
     keys = [*(f"actions_{name}" for name in [*e.planes, "shell", "ray"]), "negatives"]
     n = e.steps * (sum(arrays[key].shape[1] for key in keys) + 2)       # 2: the true one and zero
     of_planner = {"cem": e.cem_samples * e.cem_iterations,
-                  "mppi": e.cem_samples * e.cem_iterations, "cem_jepa_wms": 300 * 15,
+                  "mppi": e.cem_samples * e.cem_iterations,
+                  "cem_jepa_wms": JEPA_WMS_SAMPLES * JEPA_WMS_ITERATIONS,
                   "gradient": 3 * GRADIENT_STARTS * (GRADIENT_ITERATIONS + 1)}
     return n + sum(h * of_planner[planner] for h in plan_horizons(cfg) for planner in e.planners)
 

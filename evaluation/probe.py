@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import droid
 from analysis import compare
-from analysis.figures import COLOURS, STYLE, shortened
+from analysis.figures import COLOURS, STYLE
 from analysis.measures import describe
-from analysis.table import COLUMNS, cell_text, table
+from analysis.table import COLUMNS, cell_text, shortened, table
 from episodes.identity import about_episode, of_episode
 from episodes.source import DamagedEpisode
 from episodes.stored import with_frames

@@ -184,9 +184,8 @@ def test_frames_latents_and_several_data_sets(base, tmp_path):
     latents.encode(stored)
     of_latents, _ = measure(stored, world)
     assert of_latents.keys() == values.keys()
-    # As stored in half precision, if they are.
     del values["ms_val"], of_latents["ms_val"]
-    assert of_latents == pytest.approx(values, rel=2e-3, abs=1e-4)
+    assert of_latents == pytest.approx(values, rel=1e-5, abs=1e-6)
 
     (tmp_path / "other").mkdir()
     write_episodes(tmp_path / "other", n=3, length=15, patches=4, move=0.02)
