@@ -9,13 +9,9 @@
 Every file is written beside itself and renamed, a step's folder too: a run that is killed at any
 moment leaves whole checkpoints or none. Equal runs write equal bytes. A lock lets one run write.
 """
-import hashlib
 import io
-import json
-import os
-import shutil
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,22 +23,21 @@ import config
 import lora
 import model
 from episodes.identity import (
-    TRAINED_ON,
     trained_on,
-    trained_on_file,
     trained_with_shuffled_actions,
 )
-from files import free_name, write_file
+from files import write_file
 from files.sums import SUMS, check_sums, read_sums
 from running import settings
-from running.arguments import STEP_BEST, is_step
-from running.best import BEST, about_best
+from running.arguments import is_step
+from running.best import ABOUT, STEP_BEST
+from running.folders import keep_aside, remove, write_folder
 from running.lock import Lock
 from running.mirror import fetch_newest
 from running.ranks import gather_from_ranks
+from running.step_best import ADAPTER_FILES, adapter_contents
 
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What state.pt holds, besides the settings ("history"), which those of older versions do not have.
 STATE = {"step": int, "ranks": list, "optimizer": dict, "optimizer_name": str, "scaler": dict,
          "base": str}
@@ -180,7 +175,7 @@ def _newest_whole(out, resume):
         if path.name[5:].isdigit() and not is_step(path):
             tqdm.write(f"{path}: passed over, as a step's number has no leading zero and no digits "
                        "but 0 to 9", file=sys.stderr)
-    if (out / STEP_BEST / BEST).is_file() and not folders and not resume:
+    if (out / STEP_BEST / ABOUT).is_file() and not folders and not resume:
         raise ValueError(f"{out} already holds {STEP_BEST}; go on with --resume or choose another "
                          f"--out_dir (--init={out / STEP_BEST} starts from its adapter)")
     faults = []
@@ -299,169 +294,23 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
              "history": settings.new_history(run.history, cfg, run.start)}
     buffer = io.BytesIO()
     torch.save(_canonical(state), buffer)
-    contents = _adapter(run, predictor, cfg, seen) | {"state.pt": buffer.getvalue()}
-    folder = _write_folder(run, f"step_{step}", contents)
+    contents = adapter_contents(run, predictor, cfg, seen) | {"state.pt": buffer.getvalue()}
+    folder = write_folder(run, f"step_{step}", contents, _advice)
     # Of killed saves and rotations.
     for rest in run.out.glob("step_*.tmp"):
-        _remove(rest)
+        remove(rest)
     rotating = [old for old in saved_steps(run.out) if old <= step and old not in cfg.milestones]
     for old in rotating[:-cfg.keep]:
         # Under another name first: a kill half-way is to leave no half of a step.
-        _remove((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
+        remove((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
     return folder
 
 
-def save_best(run, best, step, values, cfg, predictor, loader):
-    """Writes step_best/: the adapter of a step that `best` found better, without what a resume
-    needs, and best.json. All ranks call it, rank 0 writes.
-
-    That it cannot be written is said, and does not end the run before its step is saved."""
-    seen, value = gather_from_ranks(loader.seen), best.value_of(values)
-    # A run folder that was moved is for `save` to find a place beside.
-    saved = bool(run.lock and not run.lock.lost())
-    if saved:
-        contents = _adapter(run, predictor, cfg, seen) | _about_best(best, step, value)
-        try:
-            _write_folder(run, STEP_BEST, contents, replace=True)
-        except OSError as error:
-            saved = False
-            tqdm.write(f"{error}; {STEP_BEST} stays that of "
-                       f"{f'step {best.step}' if best.step else 'no step'} and the run goes on",
-                       file=sys.stderr)
-    # What is better than what is there is to replace it, on all ranks.
-    if gather_from_ranks(saved)[0]:
-        best.step, best.value = step, value
-
-
-def _about_best(best, step, value):
-    about = {"step": step, "criterion": best.criterion, "value": value}
-    return {BEST: json.dumps(about).encode()}
-
-
-def restore_best(run, best):
-    """Before the first step, on all ranks: lets `best` and step_best/ agree, of which metrics.jsonl
-    and the folder may tell different things: after a kill between the two or a full disk, on
-    another machine, by another criterion."""
-    found = _restore_best(run, best) if run.lock and run.start else (0, None)
-    best.step, best.value = gather_from_ranks(found)[0]
-
-
-def _restore_best(run, best):
-    """(step, value) of the best step so far whose adapter is there, (0, None) if none is."""
-    folder, before = run.out / STEP_BEST, _name_before(run.out / STEP_BEST)
-    if not best.criterion:
-        return 0, None
-    try:
-        if before.is_dir() and not os.path.lexists(folder):     # killed while it was replaced
-            before.rename(folder)
-        there = _read_best(folder, best.criterion) if os.path.lexists(folder) else (0, None)
-        if there[0] > run.start:                                # which is about to be run again
-            there = 0, None
-        if best.value is None or there[0] == best.step:
-            return there
-        source = run.out / f"step_{best.step}"
-        if (source / "adapter_config.json").is_file():
-            lora.read(source)
-            names = [*ADAPTER_FILES[::-1], *[TRAINED_ON] * (source / TRAINED_ON).is_file()]
-            contents = {name: (source / name).read_bytes() for name in names}
-            _write_folder(run, STEP_BEST, contents | _about_best(best, best.step, best.value),
-                          replace=True)
-            return best.step, best.value
-        if there[0]:
-            return there
-        reason = f"the best step so far by {best.criterion}, {best.step}, is not there any more"
-    except (ValueError, OSError) as error:
-        reason = str(error)
-    tqdm.write(f"{folder}: {reason}; it will be the best one after step {run.start}",
-               file=sys.stderr)
-    return 0, None
-
-
-def _read_best(folder, criterion):
-    """(step, value) of step_best; (0, None), and it is kept aside, if it is not whole or the best
-    by another criterion."""
-    try:
-        check_sums(folder, read_sums(folder))
-        lora.read(folder)
-        step, own, value = about_best(folder)
-    except (ValueError, OSError):
-        _keep_aside(folder)
-        return 0, None
-    if own == criterion:
-        return step, value
-    aside = free_name(folder, "before")
-    folder.rename(aside)
-    tqdm.write(f"{folder}: is the best by {own}; kept as {aside.name}", file=sys.stderr)
-    return 0, None
-
-
-def _adapter(run, predictor, cfg, seen):
-    """{name: bytes} of an adapter's files. seen: what each rank has been trained on."""
-    contents = lora.adapter_files(predictor, cfg.model.checkpoint)
-    # None: it goes on from an adapter that does not know its own.
-    episodes = None if None in seen else {k: v for one in seen for k, v in one.items()}
-    control = run.control or cfg.data.shuffle_actions
-    if episodes is not None or control:
-        contents[TRAINED_ON] = trained_on_file(episodes, control)
-    return contents
-
-
-def _write_folder(run, name, contents, replace=False):
-    """Writes {name: bytes} and their sums into the run folder as one folder, which is there whole
-    or not at all. replace: one of that name gives way; otherwise it is kept aside. Raises
-    OSError."""
-    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {file}\n"
-                   for file, data in contents.items())
-    contents = contents | {SUMS: sums.encode()}
-    lost = run.lock.lost()
-    out = run.lock.where() if lost else run.out
-    if out is None:
-        raise OSError(f"{lost}; nothing was written. See what is there, then go on with --resume")
-    folder, partial = out / name, out / f"{name}.tmp"
-    before = _name_before(folder)
-    try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        for file, data in contents.items():
-            write_file(partial / file, data)
-        if os.path.lexists(folder) and replace:
-            _remove(before)
-            folder.rename(before)
-        # What is there cannot be resumed from, or this run would have started behind it; but it
-        # may hold an adapter.
-        elif os.path.lexists(folder):
-            _keep_aside(folder)
-        partial.rename(folder)
-        if replace:
-            _remove(before)
-    except OSError as error:
-        _remove(partial)
-        if replace:
-            if os.path.lexists(before) and not os.path.lexists(folder):
-                before.rename(folder)
-            raise
-        newest = newest_step(out)
-        raise OSError(f"{error}; make room and go on with --resume (newest checkpoint: "
-                      f"{f'step {newest}' if newest else 'none'})") from None
-    if lost:
-        raise OSError(f"{lost}; {name.replace('_', ' ')} was saved in {out}: go on there with "
-                      "--resume")
-    return folder
-
-
-def _name_before(folder):
-    """Of the folder that gives way, until the new one is there."""
-    return folder.with_name(f"{folder.name}.old.tmp")
-
-
-def _remove(path):
-    """A folder with all that is in it; of a link, such as to a step on another disk, only the link.
-    What cannot be removed is no reason to end a run."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+def _advice(out):
+    """Where a checkpoint cannot be written."""
+    newest = newest_step(out)
+    return ("make room and go on with --resume (newest checkpoint: "
+            f"{f'step {newest}' if newest else 'none'})")
 
 
 def _set_aside(run, above):
@@ -469,13 +318,7 @@ def _set_aside(run, above):
     count them among those to keep."""
     for step, folder in step_folders(run.out).items():
         if step > above:
-            _keep_aside(folder)
-
-
-def _keep_aside(folder):
-    aside = free_name(folder, "damaged")
-    folder.rename(aside)
-    tqdm.write(f"{folder}: is not whole; kept as {aside.name}", file=sys.stderr)
+            keep_aside(folder)
 
 
 def _canonical(value):

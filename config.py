@@ -114,6 +114,11 @@ class LossConfig:
     teacher_forcing: float = 1.0
     rollout: float = 1.0
 
+    def total(self, losses):
+        """The weighted sum of {name: loss} as from `WorldModel.losses`: what is trained. A loss
+        that has no weight here counts 1."""
+        return sum(getattr(self, name, 1.0) * value for name, value in losses.items())
+
 
 @dataclass
 class Config:

@@ -33,13 +33,14 @@ import lora
 import model
 from episodes.identity import trained_on
 from episodes.stored import check_store
-from evaluation.validation import Validation, evaluate, gradient_norms, weight_of  # noqa: F401
+from evaluation.validation import Validation, evaluate, gradient_norms  # noqa: F401
 from running import ranks
 from running.best import Best
 from running.checks import check_training
 from running.log import Logger, StepTimer, validations
 from running.mirror import Mirror
 from running.numbers import Watch
+from running.step_best import restore_best, save_best
 from running.stop import StopSignal
 
 
@@ -138,7 +139,7 @@ def run(cfg, device, run_folder, mirror, picked=""):
     watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
     earlier = ranks.gather_from_ranks(validations(out / "metrics.jsonl", start))[0]
     validation, best = Validation(cfg, val_batches, autocast, device, earlier), Best(cfg, earlier)
-    checkpoint.restore_best(run_folder, best)
+    restore_best(run_folder, best)
 
     def validate(step, gradients):
         values = watch.validated(step, validation.measure(world))
@@ -146,14 +147,14 @@ def run(cfg, device, run_folder, mirror, picked=""):
         for line in validation.warnings(values):
             logger.print(line)
         if best.is_better(step, values):
-            checkpoint.save_best(run_folder, best, step, values, cfg, predictor, loader)
+            save_best(run_folder, best, step, values, cfg, predictor, loader)
         return values
 
     if cfg.val_every and not start:
         validate(0, {})
 
     micro_step = partial(forward_backward, world, scaler=scaler, autocast=autocast,
-                         rollout=cfg.rollout if cfg.loss.rollout else 0, weights=asdict(cfg.loss),
+                         rollout=cfg.rollout if cfg.loss.rollout else 0, weights=cfg.loss,
                          grad_accum=cfg.grad_accum)
     if accelerated:
         # Ranks talk after the last micro-batch only, so that the graph holds no communication.
@@ -196,9 +197,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
 
             timer.count()
             if logging:
-                loss = sum(weight_of(cfg, name) * value for name, value in losses.items())
-                logger.log(done, loss=loss, **losses, lr=lr_at(step, cfg), grad_norm=grad_norm,
-                           **watch.counts(), **timer.means(device))
+                logger.log(done, loss=cfg.loss.total(losses), **losses, lr=lr_at(step, cfg),
+                           grad_norm=grad_norm, **watch.counts(), **timer.means(device))
             if evaluating:
                 values = validate(done, gradients)
             leaving = stop.leaving()
@@ -223,13 +223,13 @@ def run(cfg, device, run_folder, mirror, picked=""):
     return out / f"step_{last_save}"
 
 
-def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum, weights=None):
-    """Adds a micro-batch's share of the gradient -> its losses, detached. weights: {loss: what it
-    counts}, 1 for one that is not there."""
+def forward_backward(world, batch, *, scaler, autocast, rollout, grad_accum,
+                     weights=None):
+    """Adds a micro-batch's share of the gradient -> its losses, detached and not weighted.
+    weights: a LossConfig."""
     with autocast:
         losses = world(**batch, rollout=rollout)
-        loss = sum((weights or {}).get(name, 1) * value for name, value in losses.items())
-        loss = loss / grad_accum
+        loss = (weights or config.LossConfig()).total(losses) / grad_accum
     scaler.scale(loss).backward()                                   # scales nothing unless fp16
     return {name: value.detach() for name, value in losses.items()}
 

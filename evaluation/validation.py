@@ -10,9 +10,10 @@ without knowing the action). In `values`:
 
     val_loss, val_teacher_forcing, val_rollout      the losses; val_loss is their weighted sum
     val_l1, val_copy, val_shuffled, val_zero        L1 one frame ahead, each frame from all before:
-                                                    own prediction, copy, others' actions, none
+                                                    own prediction, copy, others' actions, none;
+    val_shuffle_ratio                               val_shuffled / val_l1: 1 if actions are ignored
     val_l1_k, val_l2_k, val_copy_l1_k, …            k frames ahead of the first, on own predictions
-    val_relief, val_flat                            of landscapes: range / mean of the energies, and
+    val_relative_range, val_flat                    of landscapes: range / mean of the energies, and
                                                     the share of those with less than 1 %
     val_percentile, val_spearman, …                 of landscapes that are not flat: see
                                                     analysis/measures.py
@@ -37,8 +38,10 @@ from running import ranks
 HORIZONS = (1, 2, 4, 8)     # frames ahead that are logged
 POINTS = 11                 # of the grid in x and y, on each axis
 N_SHELL = 32                # actions as long as the true one
-IGNORED = 1.01              # L1 with shuffled / own actions: below this actions hardly matter
-FLATTER = 0.5               # of the relief at the beginning
+# L1 with shuffled / own actions below which actions hardly matter. A warning comes earlier than the
+# verdict of energy.py (compare.IGNORED), which has intervals.
+IGNORED = 1.01
+FLATTER = 0.5               # of the range at the beginning
 
 
 @torch.no_grad()
@@ -63,19 +66,15 @@ def evaluate(world, batches, cfg, autocast, device, also=None):
             clips[name] += len(h)
     world.train()
     sums, clips = map(ranks.add_up, (sums, clips))      # a rank may have no clip
-    means, of_sets, total = Counter(), Counter(), 0
+    means, of_sets = Counter(), {name: Counter() for name in clips}
     for (name, loss), value in sums.items():
-        weighted = weight_of(cfg, loss) * value
-        total += weighted
-        means[f"val_{loss}"] += value / clips.total()
-        of_sets[f"val_loss/{name}"] += weighted / clips[name]
-    means = {"val_loss": total / clips.total(), **means}
-    return means | of_sets if len(clips) > 1 else means
-
-
-def weight_of(cfg, loss):
-    """What a loss of `WorldModel.losses` counts: cfg.loss, 1 for one that is not there."""
-    return getattr(cfg.loss, loss, 1.0)
+        means[loss] += value / clips.total()
+        of_sets[name][loss] += value / clips[name]
+    values = {"val_loss": cfg.loss.total(means)}
+    values |= {f"val_{loss}": value for loss, value in means.items()}
+    if len(clips) > 1:
+        values |= {f"val_loss/{name}": cfg.loss.total(some) for name, some in of_sets.items()}
+    return values
 
 
 class Validation:
@@ -130,6 +129,8 @@ class Validation:
         world.train()
         sums, counts = map(ranks.add_up, (sums, counts))
         values |= {name: sums[name] / counts[name] for name in sorted(counts)}
+        if "val_shuffled" in values and values["val_l1"]:
+            values["val_shuffle_ratio"] = values["val_shuffled"] / values["val_l1"]
         values |= {f"update/{kind}": norm for kind, norm in update_norms(world).items()}
         self.seconds += time.monotonic() - began
         values["ms_val"] = 1e3 * (time.monotonic() - began)
@@ -175,7 +176,7 @@ class Validation:
         energies = landscapes(world, h[:1], states[:1], h[1], actions)[:, L1].cpu().numpy()
         on_plane, on_shell = energies[:len(plane)], energies[len(plane):-1]
         found = measures.metrics(plane, on_plane, truth)
-        out = {"val_relief": found["relative_range"], "val_flat": found["flat"]}
+        out = {"val_relative_range": found["relative_range"], "val_flat": found["flat"]}
         if found["flat"]:           # the order of its energies means nothing
             return out
         sides = measures.shell(sphere[:, :3], on_shell, truth[:3], energies[-1])
@@ -194,9 +195,9 @@ class Validation:
         k = max((k for k in HORIZONS if f"val_l1_{k}" in v), default=1)
         if k > 1:
             parts.append(f"{k} ahead {v[f'val_l1_{k}']:.3g} (copy {v[f'val_copy_l1_{k}']:.3g})")
-        if "val_relief" in v:
+        if "val_relative_range" in v:
             flat = f", {_percent(v['val_flat'])} of them flat" if v["val_flat"] else ""
-            parts.append(f"landscapes: range {_percent(v['val_relief'])} of the mean{flat}")
+            parts.append(f"landscapes: range {_percent(v['val_relative_range'])} of the mean{flat}")
         if "val_percentile" in v:
             parts.append(f"truth at {v['val_percentile']:.0f} %, at "
                          f"{v.get('val_shell_percentile', np.nan):.0f} % among equal lengths "
@@ -211,17 +212,17 @@ class Validation:
     def warnings(self, values):
         """What a falling loss may hide, one line each, when it begins."""
         first, found = self.first, {}
-        ratio = _ratio(values, "val_shuffled", "val_l1")
+        ratio = values.get("val_shuffle_ratio", np.nan)
         if values is not first and ratio < IGNORED:
-            before = _ratio(first, "val_shuffled", "val_l1")
+            before = first.get("val_shuffle_ratio", np.nan)
             found["ignored"] = (
                 "WARNING: actions are hardly used: L1 with others' actions is "
                 f"{ratio:.4f} times that with the true ones ({before:.4f} at the beginning)")
-        relief, before = values.get("val_relief", np.nan), first.get("val_relief", np.nan)
-        if relief < FLATTER * before and values["val_loss"] < first["val_loss"]:
+        now, before = (v.get("val_relative_range", np.nan) for v in (values, first))
+        if now < FLATTER * before and values["val_loss"] < first["val_loss"]:
             found["flatter"] = (
                 "WARNING: the loss falls and the landscapes flatten: their range is "
-                f"{_percent(relief)} of the mean energy, {_percent(before)} at the beginning")
+                f"{_percent(now)} of the mean energy, {_percent(before)} at the beginning")
         # Said once, when it begins: repeated every 500 steps it would be read by nobody.
         new = [line for kind, line in found.items() if kind not in self.warned]
         self.warned = set(found)
@@ -230,7 +231,8 @@ class Validation:
     def verdict(self, values, best=""):
         """What a run came to, in one line at its end."""
         first, l1 = self.first, values["val_l1"]
-        ratio, copy = _ratio(values, "val_shuffled", "val_l1"), _ratio(values, "val_l1", "val_copy")
+        ratio = values.get("val_shuffle_ratio", np.nan)
+        copy = l1 / values["val_copy"] if values["val_copy"] else np.nan
         uses = ("uses the actions" if ratio >= IGNORED else "hardly uses the actions"
                 if ratio < IGNORED else "was not tried with other actions")
         lines = [f"the model {uses}" + (f" (L1 with others' {ratio:.3g} times as high)"
@@ -243,11 +245,6 @@ class Validation:
                          f"{_percent(abs(change))} since the beginning")
         lines += [best] * bool(best) + ["energy.py measures it on more, with intervals"]
         return "verdict: " + "; ".join(lines)
-
-
-def _ratio(values, name, other):
-    """values[name] / values[other], NaN if that is not known."""
-    return values[name] / values[other] if name in values and values.get(other) else np.nan
 
 
 def _percent(share):

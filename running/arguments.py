@@ -10,13 +10,11 @@ from types import SimpleNamespace
 
 import config
 from files.text import BOOLS, expand_home
-from running.best import about_best
+from running.best import STEP_BEST, about_best
 
 
 DASHES = "-‐‑‒–—―−"         # what text editors and chats make of two hyphens
 RUN = "give a run folder that train.py wrote"
-BEST = "best"               # in --steps: step_best, of what validation found
-STEP_BEST = f"step_{BEST}"
 FLAGS = ("all",)            # options without a value …
 REPEATED = ("over",)        # … and with several
 
@@ -118,9 +116,9 @@ def step_folders(run, text):
     """The folders of --steps=0,50,best in a run folder; step 0 may be missing. Raises
     ValueError."""
     steps = [step.strip().removeprefix("step_") for step in text.strip("[]").split(",")]
-    if not all(step == BEST or step.isascii() and step.isdigit() for step in steps):
+    if not all(step == "best" or step.isascii() and step.isdigit() for step in steps):
         raise ValueError(f"--steps={text}: give whole numbers, such as --steps=0,5000, or best")
-    folders = [Path(run, f"step_{step if step == BEST else int(step)}")
+    folders = [Path(run, STEP_BEST if step == "best" else f"step_{int(step)}")
                for step in dict.fromkeys(steps)]
     for folder in folders:
         if not folder.is_dir() and folder.name != "step_0":

@@ -7,8 +7,9 @@ from files.reading import read_json
 # Criteria: (name in metrics.jsonl, whether a larger value is better).
 CRITERIA = {"val_l1": ("val_l1", False), "val_loss": ("val_loss", False),
             "percentile": ("val_percentile", False), "spearman": ("val_spearman", True),
-            "shuffle_ratio": (None, True)}
-BEST = "best.json"          # in step_best: what it is the best of
+            "shuffle_ratio": ("val_shuffle_ratio", True)}
+STEP_BEST = "step_best"     # the folder of its adapter in a run folder, and in there …
+ABOUT = "best.json"         # … {"step", "criterion", "value"}
 
 
 class Best:
@@ -31,12 +32,7 @@ class Best:
 
     def value_of(self, values):
         """The number that decides, None where the validation has none."""
-        if not self.criterion:
-            return None
-        if self.criterion == "shuffle_ratio":
-            own, other = values.get("val_l1"), values.get("val_shuffled")
-            return other / own if own and other is not None else None
-        return values.get(CRITERIA[self.criterion][0])
+        return values.get(CRITERIA[self.criterion][0]) if self.criterion else None
 
     def report(self):
         """The same in words, or ""."""
@@ -47,7 +43,7 @@ class Best:
 
 def about_best(folder):
     """(step, criterion, value) of a step_best. Raises ValueError if it does not tell."""
-    path = Path(folder) / BEST
+    path = Path(folder) / ABOUT
     try:
         content = read_json(path)
     except FileNotFoundError:

@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from files import free_name, write_file
 from files.reading import parse_json, read_json
+from running.best import STEP_BEST
 
 
 TEMPORARY, PERMANENT = 75, 2        # exit status
@@ -45,7 +46,6 @@ ADAPTER_FILES = ("adapter_config.json", ADAPTER)
 FILES = (*ADAPTER_FILES, STATE)     # of a step, besides these two:
 SUMS, UPLOADING = "SHA256SUMS", "UPLOADING"
 CUT_OFF = "its upload was cut off"
-BEST = "step_best"                  # of what validation found best, without a state
 RUN = "run.json"                    # {"id": of the run}; in the bucket also {"writer": process}
 LOGS = ("config.yaml", "metrics.jsonl", "spikes.jsonl")
 CHUNK = 4 << 20                     # bytes
@@ -396,7 +396,7 @@ def fetch(bucket, folder, newer_than=0):
         if not fault:
             for name in LOGS:
                 _fetch_log(bucket, folder / name)
-            _fetch_best(bucket, folder / BEST)
+            _fetch_best(bucket, folder / STEP_BEST)
             _keep_aside(folder / f"step_{step}")
             target.rename(folder / f"step_{step}")
             newer_than = step

@@ -23,7 +23,6 @@ from running import stop
 from running.arguments import (
     DASHES,
     RUN,
-    STEP_BEST,
     load,
     main_steps,
     names_step,
@@ -31,7 +30,7 @@ from running.arguments import (
     split,
     step_folders,
 )
-from running.best import about_best
+from running.best import STEP_BEST, about_best
 from running.checks import check_adapter, check_base, check_sources, check_target, check_training
 
 

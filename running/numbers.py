@@ -74,7 +74,7 @@ class Watch:
             self._not_finite(step, bad)
         else:
             self.bad_in_a_row, self.fault, self.spoiled = 0, "", False
-            self._look_for_spike(step, self._weighted(losses))
+            self._look_for_spike(step, self.cfg.loss.total(losses))
         if norm_is_finite:
             self.updates, self.updates_since_save = self.updates + 1, self.updates_since_save + 1
         else:
@@ -186,11 +186,6 @@ class Watch:
 
     # Spikes
 
-    def _weighted(self, losses):
-        """The loss that is trained: a spike of one that counts nothing is none."""
-        weights = getattr(self.cfg, "loss", None)
-        return sum(getattr(weights, name, 1.0) * value for name, value in losses.items())
-
     def _look_for_spike(self, step, loss):
         if len(self.recent) >= FEWEST:
             mean, std = np.mean(self.recent), np.std(self.recent)
@@ -208,7 +203,7 @@ class Watch:
 
     def _worst_clips(self):
         """The clips of the micro-batch with the largest loss on any rank."""
-        sums = [float(self._weighted(losses)) for losses, _, _ in self.micro_batches]
+        sums = [float(self.cfg.loss.total(losses)) for losses, _, _ in self.micro_batches]
         here = max(range(len(sums)), key=sums.__getitem__)
         return max(gather_from_ranks((sums[here], self.micro_batches[here][1])))[1]
 

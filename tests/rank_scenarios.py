@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+import config
 import lora
 from episodes import retry
 from running import hang, ranks, stop
@@ -77,7 +78,8 @@ SCENARIOS = {
 
 def run_losses(name, rank):
     """A few steps of a Watch, for the scenarios without misbehaviour."""
-    cfg = SimpleNamespace(grad_accum=2, precision="fp32", lr=1e-4, data=SimpleNamespace(latents=""))
+    cfg = SimpleNamespace(grad_accum=2, precision="fp32", lr=1e-4,
+                          data=SimpleNamespace(latents=""), loss=config.LossConfig())
     world = nn.Sequential(nn.Linear(4, 4))
     lora.inject(world, rank=2, targets=["0"])
     folder = tempfile.mkdtemp()

@@ -46,6 +46,16 @@ def write_episodes(folder, n, length, patches, move):
         np.savez(folder / f"episode_{i}.npz", observations=frames, states=poses)
 
 
+def torchrun(*command, **env):
+    """A script on two processes with gloo, which must end well -> subprocess.CompletedProcess."""
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         *map(str, command)], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def recipe(base, out, *args):
     """The settings of a short run on what `write` has written."""
     return config.load([

@@ -18,7 +18,7 @@ import train
 from episodes.clips import Clips
 from episodes.source import ConnectionLost
 from running.log import Logger
-from small import recipe
+from small import recipe, torchrun
 
 
 def read_log(out):
@@ -108,11 +108,7 @@ def test_two_processes_equal_one_with_the_double_batch(base, tmp_path):
     """torchrun with gloo; each rank takes every other clip of the same order."""
     args = ["--lora.dropout=0", "--optimizer=adamw", "--max_steps=3", "--save_every=2"]
     config.save(recipe(base, tmp_path / "two", *args, "--batch_size=1"), tmp_path / "two.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "train.py", str(tmp_path / "two.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
+    torchrun("train.py", tmp_path / "two.yaml")
     train.train(recipe(base, tmp_path / "one", *args, "--batch_size=2"))
     two, one = read_adapter(tmp_path / "two/step_3"), read_adapter(tmp_path / "one/step_3")
     assert all(torch.allclose(two[k], one[k], atol=1e-5) for k in one)
