@@ -163,8 +163,8 @@ class Analysis:
             self.device, encoder=not self.from_latents)
 
     def _load(self, sets):
-        """Loads the networks, tries each adapter and encodes the frames of some of `sets`; then the
-        encoder's memory is free again. Raises ValueError."""
+        """Loads the networks, tells how large each adapter is, and encodes the frames of some of
+        `sets`; then the encoder's memory is free again. Raises ValueError."""
         # One base model serves all sets: it takes minutes to load and most of the memory.
         self._load_networks()
         encoder, predictor = self.networks
@@ -390,10 +390,15 @@ def names_of(adapters):
 def free_folder(parent, name, sets):
     """The folder of that name, or NAME-2 and so on, in which nothing else than these sets was
     measured: a table that took hours is not to give way to one with other settings."""
-    for n in count(1):
-        folder = parent / (name if n == 1 else f"{name}-{n}")
-        if _settings_of(folder) in ("", *(pairs.settings for pairs in sets)):
-            return folder
+    return next(folder for folder in numbered(parent, name)
+                if _settings_of(folder) in ("", *(pairs.settings for pairs in sets)))
+
+
+def numbered(parent, name):
+    """Yields the folders NAME, NAME-2, NAME-3, …"""
+    yield parent / name
+    for n in count(2):
+        yield parent / f"{name}-{n}"
 
 
 def _settings_of(folder):

@@ -20,11 +20,11 @@ from episodes.poses import apply_action, pose_deltas
 # Activations of one token in ViT-g's predictor without gradients, measured with room to spare.
 BYTES_PER_TOKEN = 120_000
 TOKENS_PER_FRAME = 258      # of ViT-g's predictor: 256 patches, action, state
-ON_CPU = 64                 # sequences of actions in a batch
+CHUNK = 64                  # sequences of actions in a batch, where memory is not measured
 L1, L2 = 0, 1               # columns of `sequence_energies`
 
 
-def sequence_energies(world, h_context, states, h_goal, actions, chunk=ON_CPU):
+def sequence_energies(world, h_context, states, h_goal, actions, chunk=CHUNK):
     """L1 and L2 energy of each sequence of actions.
 
     h_context [T, N, D] latents of the frames so far, states [T, 7] their poses, h_goal [N, D],
@@ -60,7 +60,7 @@ def sequence_energies(world, h_context, states, h_goal, actions, chunk=ON_CPU):
     return torch.cat(energies)[:K]
 
 
-def sequence_energy(world, h_context, states, h_goal, actions, chunk=ON_CPU):
+def sequence_energy(world, h_context, states, h_goal, actions, chunk=CHUNK):
     """The L1 energies alone: arguments as for `sequence_energies`. Returns [K]."""
     return sequence_energies(world, h_context, states, h_goal, actions, chunk)[:, L1]
 
@@ -76,14 +76,14 @@ def _next_state(state, action):
 
 
 @torch.no_grad()
-def landscapes(world, h_context, states, h_goal, actions, steps=1, chunk=ON_CPU):
+def landscapes(world, h_context, states, h_goal, actions, steps=1, chunk=CHUNK):
     """L1 and L2 energy of each action, taken `steps` times: as `sequence_energies`, with actions
     [K, 7]. Returns [K, 2]."""
     actions = torch.as_tensor(actions, dtype=torch.float32)[:, None].expand(-1, steps, -1)
     return sequence_energies(world, h_context, states, h_goal, actions, chunk)
 
 
-def landscape(world, h_context, states, h_goal, actions, steps=1, chunk=ON_CPU):
+def landscape(world, h_context, states, h_goal, actions, steps=1, chunk=CHUNK):
     """The L1 energies alone. Returns [K]."""
     return landscapes(world, h_context, states, h_goal, actions, steps, chunk)[:, L1]
 
@@ -139,7 +139,7 @@ def chunk_size(cfg, device):
     """Action sequences a batch: 200, or the largest divisor of it whose activations half of the
     free memory holds."""
     if device.type != "cuda":
-        return ON_CPU
+        return CHUNK
     e = cfg.energy
     steps = e.context - 1 + max(e.steps, e.horizon if e.planners else 1)
     free = torch.cuda.mem_get_info(device)[0]

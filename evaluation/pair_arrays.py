@@ -10,7 +10,7 @@ from evaluation.protocol import plan_horizons, protocol_name
 
 
 N_NEGATIVES = 32            # real actions of other moments that each true action is compared with
-N_SHELL = 64                # actions as long as the true one, 26° apart
+N_SHELL = 64                # actions as long as the true one, 24° from the next one
 RAY_MULTIPLES = np.linspace(0, 2, 9)        # of the true action, with 0 and 1 among them
 
 

@@ -33,7 +33,7 @@ from episodes.identity import about_episode, of_episode
 from episodes.source import DamagedEpisode
 from episodes.stored import with_frames
 from episodes.windows import clip_states_actions, in_split, usable_starts
-from evaluation.analysis import Analysis, free_folder
+from evaluation.analysis import Analysis, free_folder, numbered
 from evaluation.protocol import with_protocol
 from files import say_once, write_file
 from running.lock import Lock
@@ -101,13 +101,10 @@ def _with_radius(cfg, clips):
 
 def _free_folder(parent, name, titles, sets):
     """Where nothing else is that another probe has measured under these titles."""
-    n = 1
-    while True:
-        folder = parent / (name if n == 1 else f"{name}-{n}")
-        wanted = [folder / _file_name(title) for title in titles]
-        if all(free_folder(folder, one.name, [pairs]) == one for one, pairs in zip(wanted, sets)):
-            return folder
-        n += 1
+    wanted = list(map(_file_name, titles))
+    return next(folder for folder in numbered(parent, name)
+                if all(free_folder(folder, title, [pairs]).name == title
+                       for title, pairs in zip(wanted, sets)))
 
 
 def _file_name(title):
@@ -222,29 +219,37 @@ def read(cfgs, opened, moments):
     [[clip, …], …]. A moment of which one of them cannot be read is left out. Raises ValueError if
     none is left."""
     # A second pass, with images: a first one that kept them would hold all of the data.
-    all_clips, reason = [], ""
+    all_clips, faults = [], []
     for i, (cfg, sources) in enumerate(zip(cfgs, opened)):
         clips = {}
         for k, source in enumerate(sources):
-            wanted = {}
+            wanted = {}                             # {name of an episode: its moments}
             for moment in moments:
                 if moment[0] == k:
                     wanted.setdefault(moment[1][i], []).append(moment)
-            for episode in _validation_episodes(source) if wanted else ():
-                for moment in wanted.pop(episode.name, ()):
-                    try:
-                        start = moment[2] - _reach(cfg, source)[0]
-                        clips[moment] = _clip(source, episode, start)
-                    except ValueError as error:
-                        reason = f"{episode.location}: {error}"
-                        say_once(f"left out: frame {moment[2]} of {reason}")
-                if not wanted:
-                    break
+            clips |= _read_from(source, wanted, _reach(cfg, source)[0], faults)
         all_clips.append(clips)
     left = [moment for moment in moments if all(moment in clips for clips in all_clips)]
     if not left:
-        raise ValueError(f"no moment can be read under every combination: {reason}")
+        raise ValueError(f"no moment can be read under every combination: {faults[-1]}")
     return [[clips[moment] for moment in left] for clips in all_clips]
+
+
+def _read_from(source, wanted, before, faults):
+    """{moment: clip} of {name of an episode: its moments}, of which each clip begins `before`
+    recorded frames earlier. What cannot be read is said, and added to `faults`."""
+    clips, missing = {}, set(wanted)
+    for episode in _validation_episodes(source) if wanted else ():
+        for moment in wanted.get(episode.name, ()):
+            try:
+                clips[moment] = _clip(source, episode, moment[2] - before)
+            except ValueError as error:
+                faults.append(f"{episode.location}: {error}")
+                say_once(f"left out: frame {moment[2]} of {faults[-1]}")
+        missing.discard(episode.name)
+        if not missing:
+            break
+    return clips
 
 
 def _clip(source, episode, start):

@@ -4,14 +4,11 @@ running/script.py shows how the scripts use it. Imports neither PyTorch nor Tens
 seconds: help, a typo or a wrong path is answered before. Every script takes a run folder in place
 of a recipe. Errors are one line, with exit code 1.
 """
-import itertools
 import json
-import math
 import os
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 from types import SimpleNamespace
@@ -19,9 +16,8 @@ from types import SimpleNamespace
 import config
 from episodes.retry import is_remote
 from files.text import expand_home
-from running import stop
+from running import energy_line, stop
 from running.arguments import (
-    DASHES,
     RUN,
     load,
     main_steps,
@@ -61,9 +57,6 @@ OPTIONS = {
                               "(default runs/released_layout.pt)"},
     "bench.toy_study": {"seeds": "as in --seeds=0,1 (default 0,1,2,3,4)"},
 }
-# What probe can vary of section energy; of data, what each data set can have of its own.
-OF_A_LANDSCAPE = ("steps", "context", "planes", "grid", "radius", "others")
-MOST_COMBINATIONS = 64
 WITHOUT_KEYS = ("toy.py", "bench.toy_study")
 COPY = "python droid.py copy gs://…/droid_100/1.0.0 FOLDER"
 # export.py's: arguments, and the options that apply.
@@ -133,7 +126,7 @@ def parse(script, doc, args):
     given = split(args, OPTIONS[script], keys)
     if script in WITHOUT_KEYS and given.paths + given.keys:
         raise ValueError(f"{(given.paths + given.keys)[0]}: {script} takes no such argument")
-    functions = {"train.py": _train, "latents.py": _latents, "energy.py": _energy,
+    functions = {"train.py": _train, "latents.py": _latents, "energy.py": energy_line.parse,
                  "export.py": _export, "droid.py": _droid}
     return functions[script](given) if script in functions else given
 
@@ -203,127 +196,6 @@ def _latents(given):
         if data.latents:
             check_target(data.latents, folder=True)
     return cfg
-
-
-def _energy(given):
-    """Adds `command` ("", check or probe), and `source`, or `cfg`, `adapters` and what to say about
-    their choice, `note`."""
-    options, given.source, given.adapters = given.options, "", []
-    given.command, given.all = "", "all" in options
-    if given.paths[:1] in (["check"], ["probe"]) and not os.path.exists(given.paths[0]):
-        given.command, *given.paths = given.paths
-    for name, command in (("over", "probe"), ("expected", "check")):
-        if name in options and given.command != command:
-            raise ValueError(f"--{name} applies to energy.py {command}")
-    if given.command == "check":
-        return _check(given)
-    if "from" in options:
-        others = [*given.paths, *given.keys,
-                  *(f"--{name}" for name in options if name not in ("from", "all"))]
-        if others:
-            raise ValueError(f"{others[0]}: --from reads arrays alone, no settings apply")
-        if given.command:
-            raise ValueError(f"--from does not apply to energy.py {given.command}")
-        given.source = _landscapes(expand_home(options["from"]))
-        return given
-    given.cfg = cfg = load(given)
-    given.debug, given.note = cfg.debug, ""
-    runs = [path for path in given.paths if os.path.isdir(path)]
-    steps, adapters = options.get("steps"), options.get("adapters", "")
-    folders = [path for path in runs if names_step(path)]
-    if steps:
-        folders += step_folders(cfg.out_dir, steps)
-    elif runs and not adapters and not folders:
-        folders = [Path(cfg.out_dir, f"step_{step}") for step in main_steps(cfg, cfg.out_dir)]
-        given.note = f"{cfg.out_dir}: its milestones and the newest step; --steps=… names others"
-        if not folders:
-            raise ValueError(f"{runs[-1]}: holds no step_N; energy.py {runs[-1]}/config.yaml "
-                             "measures the base model alone")
-    # Step 0 is the baseline, which is always there.
-    given.adapters = [str(folder) for folder in folders if Path(folder).is_dir()]
-    given.adapters += [expand_home(name.strip()) for name in adapters.split(",") if name.strip()]
-    for adapter in given.adapters:
-        if adapter != "baseline":
-            check_adapter(adapter)
-    check_sources(config.flat(cfg))
-    if cfg.energy.also and given.command != "probe":
-        second = config.second_data_set(cfg.data, cfg.energy.also)
-        check_sources(config.flat(replace(cfg, data=second)))
-    check_target(cfg.out_dir, folder=True)
-    if given.command == "probe":
-        given.combinations = _combinations(given)
-    return given
-
-
-def _landscapes(path):
-    """The landscapes.npz that --from names: a file, the one in a folder, or the only one in the
-    folders of an energy/ or a run folder. Raises ValueError."""
-    file = Path(path)
-    if file.is_dir():
-        # Of a second data set, also/, are read with the first.
-        found = next((some for depth in ("", "*/", "energy/*/") if (
-            some := sorted(file.glob(f"{depth}landscapes.npz")))), [])
-        if len(found) > 1:
-            raise ValueError(f"{path}: holds several comparisons; give one of them: --from="
-                             + ", --from=".join(str(one.parent) for one in found))
-        if found and found[0].parent != file:
-            print(f"{found[0]}: the only one in {path}")
-        file = found[0] if found else file / "landscapes.npz"
-    if not file.exists():
-        raise ValueError(f"{file}: no such file; energy.py RUN --steps=… writes it")
-    return str(file)
-
-
-def _check(given):
-    """Adds `cfg` with the file in it."""
-    usage = "python energy.py check vjepa2-ac-vitg.pt"
-    others = [f"--{name}" for name in given.options if name != "expected"]
-    if others:
-        raise ValueError(f"{others[0]} does not apply to check: {usage}")
-    if len(given.paths) != 1:
-        raise ValueError(f"check takes one file, got {len(given.paths)}: {usage}")
-    given.cfg = config.load([*given.keys, f"--model.checkpoint={given.paths[0]}"])
-    given.debug = given.cfg.debug
-    check_base(given.cfg.model.checkpoint)
-    return given
-
-
-def _combinations(given):
-    """[(what is set, as text; the Config)] of all combinations of --over. Raises ValueError."""
-    usage = "such as --over=data.frame_step=4,8,15"
-    if not given.options.get("over"):
-        raise ValueError(f"probe needs --over, {usage}")
-    choices = {}        # {key: [values as text]}
-    for text in given.options["over"]:
-        name, _, values = text.partition("=")
-        name = name.lstrip(DASHES).replace("-", "_").strip()
-        # Commas within brackets belong to one value.
-        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
-        if not parts or len(",".join(parts)) < len(values):
-            raise ValueError(f"--over={text}: takes a key and its values with commas between them, "
-                             f"{usage}")
-        of_data, of_energy = name.removeprefix("data."), name.removeprefix("energy.")
-        if name in config.flat(config.Config()) and not (
-                of_data != name and of_data.split(".")[0] in config.OF_A_DATA_SET
-                or of_energy != name and of_energy in OF_A_LANDSCAPE):
-            raise ValueError(
-                f"--over={text}: probe compares landscapes on the same moments under other values "
-                f"of {', '.join(f'data.{key}' for key in config.OF_A_DATA_SET)}, "
-                f"{', '.join(f'energy.{key}' for key in OF_A_LANDSCAPE)}; {usage}")
-        values = choices.setdefault(name, [])
-        values += [value for part in parts if (value := part.strip()) not in values]
-    n = math.prod(map(len, choices.values()))
-    if n > MOST_COMBINATIONS:
-        raise ValueError(f"--over: makes {n:,} combinations; give {MOST_COMBINATIONS} at most")
-    found = []
-    for chosen in itertools.product(*choices.values()):
-        keys = [f"--{name}={value}" for name, value in zip(choices, chosen)]
-        cfg = load(SimpleNamespace(paths=given.paths, keys=[*given.keys, *keys]))
-        check_sources(config.flat(cfg))
-        title = " ".join(f"{name.rpartition('.')[2]}={value}"
-                         for name, value in zip(choices, chosen))
-        found.append((title, cfg))
-    return found
 
 
 def _droid(given):

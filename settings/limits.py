@@ -69,7 +69,7 @@ def check_together(values):
     if weights and (len(weights) != n_paths or min(weights) < 0 or not sum(weights)):
         raise ValueError(f"data.weights is {list(weights)}; give a share for each of the {n_paths} "
                          "data sets in data.path, 0 or more")
-    # The last frame of a clip is predicted, never a context.
+    # A rollout begins at the first frame of a clip, and each frame after it is predicted.
     frames = v["data.clip_frames"]
     if v["rollout"] >= frames:
         raise ValueError(f"rollout {v['rollout']} needs more than {v['rollout']} frames and "

@@ -1,0 +1,141 @@
+"""The command line of energy.py: comparisons, check and probe.
+
+Imports no PyTorch, as all that the command line needs (running/command_line.py)."""
+import itertools
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import config
+from files.text import expand_home
+from running.arguments import DASHES, load, main_steps, names_step, step_folders
+from running.checks import check_adapter, check_base, check_sources, check_target
+
+
+# What probe can vary of section energy; of data, what each data set can have of its own.
+OF_A_LANDSCAPE = ("steps", "context", "planes", "grid", "radius", "others")
+MOST_COMBINATIONS = 64
+
+
+def parse(given):
+    """Adds `command` ("", check or probe), and `source`, or `cfg`, `adapters` and what to say about
+    their choice, `note`."""
+    options, given.source, given.adapters = given.options, "", []
+    given.command, given.all = "", "all" in options
+    if given.paths[:1] in (["check"], ["probe"]) and not os.path.exists(given.paths[0]):
+        given.command, *given.paths = given.paths
+    for name, command in (("over", "probe"), ("expected", "check")):
+        if name in options and given.command != command:
+            raise ValueError(f"--{name} applies to energy.py {command}")
+    if given.command == "check":
+        return _check(given)
+    if "from" in options:
+        others = [*given.paths, *given.keys,
+                  *(f"--{name}" for name in options if name not in ("from", "all"))]
+        if others:
+            raise ValueError(f"{others[0]}: --from reads arrays alone, no settings apply")
+        if given.command:
+            raise ValueError(f"--from does not apply to energy.py {given.command}")
+        given.source = _landscapes(expand_home(options["from"]))
+        return given
+    given.cfg = cfg = load(given)
+    given.debug, given.note = cfg.debug, ""
+    runs = [path for path in given.paths if os.path.isdir(path)]
+    steps, adapters = options.get("steps"), options.get("adapters", "")
+    folders = [path for path in runs if names_step(path)]
+    if steps:
+        folders += step_folders(cfg.out_dir, steps)
+    elif runs and not adapters and not folders:
+        folders = [Path(cfg.out_dir, f"step_{step}") for step in main_steps(cfg, cfg.out_dir)]
+        given.note = f"{cfg.out_dir}: its milestones and the newest step; --steps=… names others"
+        if not folders:
+            raise ValueError(f"{runs[-1]}: holds no step_N; energy.py {runs[-1]}/config.yaml "
+                             "measures the base model alone")
+    # Step 0 is the baseline, which is always there.
+    given.adapters = [str(folder) for folder in folders if Path(folder).is_dir()]
+    given.adapters += [expand_home(name.strip()) for name in adapters.split(",") if name.strip()]
+    for adapter in given.adapters:
+        if adapter != "baseline":
+            check_adapter(adapter)
+    check_sources(config.flat(cfg))
+    if cfg.energy.also and given.command != "probe":
+        second = config.second_data_set(cfg.data, cfg.energy.also)
+        check_sources(config.flat(replace(cfg, data=second)))
+    check_target(cfg.out_dir, folder=True)
+    if given.command == "probe":
+        given.combinations = _combinations(given)
+    return given
+
+
+def _landscapes(path):
+    """The landscapes.npz that --from names: a file, the one in a folder, or the only one in the
+    folders of an energy/ or a run folder. Raises ValueError."""
+    file = Path(path)
+    if file.is_dir():
+        # Of a second data set, also/, are read with the first.
+        found = next((some for depth in ("", "*/", "energy/*/") if (
+            some := sorted(file.glob(f"{depth}landscapes.npz")))), [])
+        if len(found) > 1:
+            raise ValueError(f"{path}: holds several comparisons; give one of them: --from="
+                             + ", --from=".join(str(one.parent) for one in found))
+        if found and found[0].parent != file:
+            print(f"{found[0]}: the only one in {path}")
+        file = found[0] if found else file / "landscapes.npz"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; energy.py RUN --steps=… writes it")
+    return str(file)
+
+
+def _check(given):
+    """Adds `cfg` with the file in it."""
+    usage = "python energy.py check vjepa2-ac-vitg.pt"
+    others = [f"--{name}" for name in given.options if name != "expected"]
+    if others:
+        raise ValueError(f"{others[0]} does not apply to check: {usage}")
+    if len(given.paths) != 1:
+        raise ValueError(f"check takes one file, got {len(given.paths)}: {usage}")
+    given.cfg = config.load([*given.keys, f"--model.checkpoint={given.paths[0]}"])
+    given.debug = given.cfg.debug
+    check_base(given.cfg.model.checkpoint)
+    return given
+
+
+def _combinations(given):
+    """[(what is set, as text; the Config)] of all combinations of --over. Raises ValueError."""
+    usage = "such as --over=data.frame_step=4,8,15"
+    if not given.options.get("over"):
+        raise ValueError(f"probe needs --over, {usage}")
+    choices = {}        # {key: [values as text]}
+    for text in given.options["over"]:
+        name, _, values = text.partition("=")
+        name = name.lstrip(DASHES).replace("-", "_").strip()
+        # Commas within brackets belong to one value.
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
+        if not parts or len(",".join(parts)) < len(values):
+            raise ValueError(f"--over={text}: takes a key and its values with commas between them, "
+                             f"{usage}")
+        of_data, of_energy = name.removeprefix("data."), name.removeprefix("energy.")
+        if name in config.flat(config.Config()) and not (
+                of_data != name and of_data.split(".")[0] in config.OF_A_DATA_SET
+                or of_energy != name and of_energy in OF_A_LANDSCAPE):
+            raise ValueError(
+                f"--over={text}: probe compares landscapes on the same moments under other values "
+                f"of {', '.join(f'data.{key}' for key in config.OF_A_DATA_SET)}, "
+                f"{', '.join(f'energy.{key}' for key in OF_A_LANDSCAPE)}; {usage}")
+        values = choices.setdefault(name, [])
+        values += [value for part in parts if (value := part.strip()) not in values]
+    n = math.prod(map(len, choices.values()))
+    if n > MOST_COMBINATIONS:
+        raise ValueError(f"--over: makes {n:,} combinations; give {MOST_COMBINATIONS} at most")
+    found = []
+    for chosen in itertools.product(*choices.values()):
+        keys = [f"--{name}={value}" for name, value in zip(choices, chosen)]
+        cfg = load(SimpleNamespace(paths=given.paths, keys=[*given.keys, *keys]))
+        check_sources(config.flat(cfg))
+        title = " ".join(f"{name.rpartition('.')[2]}={value}"
+                         for name, value in zip(choices, chosen))
+        found.append((title, cfg))
+    return found
