@@ -26,6 +26,7 @@ from episodes.identity import (
     trained_on,
     trained_with_shuffled_actions,
 )
+from episodes.rounds import is_state
 from files import write_file
 from files.sums import SUMS, check_sums, read_sums
 from running import settings
@@ -241,10 +242,7 @@ def _fault_of_state(state, folder):
             return f"its settings: {fault}"
     for rank in state["ranks"]:
         data = rank.get("data") if isinstance(rank, dict) else None
-        if not isinstance(data, dict) or not _is_rng(rank.get("rng")) or not (
-                {"round", "index", "count"} <= data.keys()) or not all(
-                type(value) is int and value >= 0 for key, value in data.items()
-                if key not in ("taken", "sets")):
+        if not is_state(data) or not _is_rng(rank.get("rng")):
             return "ranks hold no random state or no place in the data"
     return "" if state["ranks"] else "it has no rank"
 

@@ -33,6 +33,7 @@ from running import script
 if __name__ == "__main__":
     arguments = script.begin("droid.py", __doc__)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -42,6 +43,7 @@ from episodes.cache import with_cache
 from episodes.clips import Clips
 from episodes.conversion import to_poses
 from episodes.crops import crop_frames, images_at_a_time
+from episodes.index import records_of_split
 from episodes.lerobot import LeRobotFiles
 from episodes.npz import NpzFiles
 from episodes.poses import apply_action, pose_deltas  # noqa: F401 (droid.pose_deltas is public)
@@ -144,6 +146,7 @@ class RldsFiles:
             self._images_to_frames, autograph=False,
             input_signature=[self.tf.TensorSpec([None], self.tf.string)])
         self.begun = {}             # {file: (its first records, the others)}
+        self.index = None           # a RecordIndex, where no cache is kept
 
     def check(self):
         """Raises ValueError for data.keys that are not there, OSError."""
@@ -157,19 +160,36 @@ class RldsFiles:
             yield record
 
     def episodes(self, file):
-        features, n = wanted_features(self.tf, self.data, self.image_key), 0
-        seen, records = self.begun.pop(file, ((), None))
-        for number, record in chain(seen, records or self._records(file)):
+        return self.episodes_from(file, 0, "")
+
+    def episodes_from(self, file, first, split):
+        features, n = wanted_features(self.tf, self.data, self.image_key), first
+        seen, records = ((), None) if first else self.begun.pop(file, ((), None))
+        for number, record in chain(seen, records or self._records(file, first, split)):
             n += 1
             if isinstance(record, DamagedEpisode):
                 yield record
+            elif isinstance(record, str):           # the name of one of the other split
+                yield Episode(f"{file} record {number}", record, np.zeros((0, 7)), None,
+                              success=self._is_success(record))
             else:
-                yield self._parse(file, number, record, features)
+                episode = self._parse(file, number, record, features)
+                if self.index:
+                    self.index.add(file, number, self.tf.strings.length(record), episode.name)
+                yield episode
         self.counts[file] = n
 
-    def _records(self, file):
+    def _records(self, file, first=0, split=""):
         usual = sorted(self.counts.values())[len(self.counts) // 2] if self.counts else 0
-        return read_records(self.tf, file, self.data.retry_minutes, self.expected.get(file), usual)
+        read = partial(read_records, self.tf, file, self.data.retry_minutes,
+                       self.expected.get(file), usual)
+        if not self.index:
+            return read(first)
+        return records_of_split(self.index, file, first, split, self.data, read)
+
+    def _is_success(self, name):
+        # DROID names the folder of the recording, and sorts recordings into success and failure.
+        return not self.data.keys.episode or "/success/" in name
 
     def parts(self, file):
         return [file]
@@ -231,9 +251,7 @@ class RldsFiles:
             return DamagedEpisode(location, reason)
         except ValueError as error:
             return DamagedEpisode(location, str(error), name)
-        # DROID names the folder of the recording, and sorts recordings into success and failure.
-        success = not keys.episode or "/success/" in name
-        return Episode(location, name, poses, images, velocity, success)
+        return Episode(location, name, poses, images, velocity, self._is_success(name))
 
 
 def main(args):

@@ -18,12 +18,14 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import files
+from episodes.index import RecordIndex
 from episodes.retry import is_remote, pause
 from episodes.several import last_part
 from episodes.source import DamagedEpisode, Episode
@@ -59,7 +61,7 @@ def with_cache(source):
     if not data.cache and n_bytes > 1e9 * data.cache_gb:
         say_once(f"{path}: {n_bytes / 1e9:,.0f} GB, more than data.cache_gb ({data.cache_gb:g}): "
                  "it is not kept on this disk, and each epoch reads it anew")
-        return source
+        return _with_index(source, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {file.name for file in folder.iterdir()}
@@ -73,8 +75,16 @@ def with_cache(source):
     if need > FREE * free:
         say_once(f"{folder}: up to {need / 1e9:.1f} GB would be kept there and {free / 1e9:.1f} GB "
                  "are free: each epoch reads the records anew; give --data.cache=FOLDER")
-        return source
+        return _with_index(source, folder)
     return Cached(source, folder)
+
+
+def _with_index(source, folder):
+    """Of what is too large to be kept, at least the places and names of its records are."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    source.index = RecordIndex(folder, source.stat)
+    return source
 
 
 def estimated_bytes(source):
@@ -124,10 +134,16 @@ class Cached:
             self.source.check()
 
     def episodes(self, file):
+        return self.episodes_from(file, 0, "")
+
+    def episodes_from(self, file, first, split):
         index = self._index(file) or self._fetch(file)
         if index is None:
-            yield from self.source.episodes(file)
-            return
+            yield from self.source.episodes_from(file, first, split)
+        else:
+            yield from islice(self._episodes(file, index), first, None)
+
+    def _episodes(self, file, index):
         ends = np.concatenate([[0], np.cumsum(index["sizes"])])
         step = pose = velocity = 0                      # where the next episode begins in each
         for place, name, reason, lost, success, n, width, J in index["episodes"]:

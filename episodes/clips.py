@@ -6,7 +6,7 @@ Which clips an episode has is said by episodes/windows.py, in which order they c
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,13 @@ from episodes.rounds import (
     spread_over_episodes,
     with_others_poses,
 )
-from episodes.source import ConnectionLost, DamagedEpisode, Episode, waiting_for_data
+from episodes.source import (
+    ConnectionLost,
+    DamagedEpisode,
+    Episode,
+    episodes_from,
+    waiting_for_data,
+)
 from episodes.tally import OTHER, Tally
 from episodes.windows import clip_span, clip_states_actions, drawn, in_split, usable_starts
 
@@ -102,7 +108,7 @@ class Clips:
     def load_state_dict(self, state):
         """Goes on from there: the same seed and settings give the same clips."""
         state = in_todays_order(state, len(self.files))
-        self.state = {key: state.get(key, 0) for key in START}
+        self.state = {key: state.get(key, START[key]) for key in START}
 
     def __iter__(self):
         """Batches, prefetched by a thread: frames [B, 3, T, S, S] uint8 or h [B, T, N, D], states
@@ -225,7 +231,7 @@ class Clips:
 
     def _clips_of_file(self, ahead, file, epoch, n_skipped):
         """Yields a list of Clips for each episode of a file but the first n."""
-        for episode in islice(self.source.episodes(file), n_skipped, None):
+        for episode in episodes_from(self.source, file, n_skipped, self.split):
             clips = []
             if isinstance(episode, Episode):
                 for clip in self._episode_clips(episode, epoch):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from episodes.retry import Connection
 from episodes.source import DamagedEpisode
-from episodes.tfrecords import READS, RECORD_FOOTER, RECORD_HEADER, read_records
+from episodes.tfrecords import READS, read_records, record_bytes
 
 
 CHUNK = 4 << 20             # bytes that are read at a time
@@ -110,11 +110,11 @@ def _bad_records(tf, path):
     with open(path, "rb") as file:
         for _, record in read_records(tf, str(path)):
             if not isinstance(record, DamagedEpisode):
-                offset += RECORD_HEADER + int(tf.strings.length(record)) + RECORD_FOOTER
+                offset += record_bytes(int(tf.strings.length(record)))
                 continue
             file.seek(offset)
             length = int.from_bytes(file.read(8), "little")
-            end = offset + RECORD_HEADER + length + RECORD_FOOTER
+            end = offset + record_bytes(length)
             found.append((offset, end if length and end <= size else size))
             offset = end
     return found

@@ -1,15 +1,17 @@
 """The order of clips: which are shuffled together, and how the next ones are read meanwhile.
 
 Shards can only be read from front to back, so no clip can be drawn at random from all of them. An
-epoch goes through all files in an order that the seed decides, and is cut into rounds: whole
-episodes, until they have data.shuffle_buffer clips. The clips of a round are shuffled. While they
-are handed out, a thread reads the next round, so that nobody waits at its beginning.
+epoch goes through all files in an order that the seed decides, several of them in turn, so that
+neighbours in a file, which may be of one task or one camera, do not fill a batch. It is cut into
+rounds: whole episodes, until they have data.shuffle_buffer clips. The clips of a round are
+shuffled. While they are handed out, a thread reads the next round, so that nobody waits at its
+beginning.
 
 Resuming reads a round again, not the epoch.
 """
 import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from contextlib import closing
 from itertools import zip_longest
 from typing import NamedTuple
@@ -22,17 +24,18 @@ from episodes.retry import pause
 from files import say_once
 
 
-# The first rounds of a run are smaller, each twice as large as the one before: the first batch
-# comes after a few episodes.
+# The first rounds of a run are smaller, each twice as large as the one before, and take fewer files
+# in turn, each one more than the one before: the first batch comes after a few episodes.
 FIRST_ROUND = 32
+IN_TURN = 16            # files
 
 
 class Place(NamedTuple):
-    """Where a round begins."""
+    """Where a round begins. Files are places in the order of the epoch's files."""
     epoch: int = 0
     round: int = 0          # its number in the epoch
-    file: int = 0           # its first file: a place in the order of the epoch's files
-    episode: int = 0        # its first episode in that file
+    file: int = 0           # the first file of which nothing was read
+    open: tuple = ()        # (file, its episodes that were read) of those that are read in turn
 
 
 def rounds_of_epoch(files, clips_of, seed, size, shuffle, place, mixed=False):
@@ -43,18 +46,45 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place, mixed=False):
     least. Without `shuffle` each episode is a round."""
     if shuffle:
         files = np.random.default_rng([seed, place.epoch]).permutation(files).tolist()
-    clips, n_skipped = [], place.episode
-    for at in range(place.file, len(files)):
-        for n, some in enumerate(clips_of(files[at], place.epoch, n_skipped), start=n_skipped + 1):
-            clips += some
-            pause(0)                    # ends here if nobody waits for the round any more
-            if len(clips) >= _size(place, size, shuffle) and not (
-                    mixed and len(set(_recordings(clips))) == 1):
-                yield place, _in_order(clips, seed, place, shuffle)
-                place = Place(place.epoch, place.round + 1, at, n)
-                clips = []
-        n_skipped = 0
+    turns, clips = _Turns(files, clips_of, place), []
+    while (some := turns.next(_in_turn(place, shuffle))) is not None:
+        clips += some
+        pause(0)                        # ends here if nobody waits for the round any more
+        if len(clips) >= _size(place, size, shuffle) and not (
+                mixed and len(set(_recordings(clips))) == 1):
+            yield place, _in_order(clips, seed, place, shuffle)
+            place = Place(place.epoch, place.round + 1, turns.file, tuple(turns.open))
+            clips = []
     yield place, _in_order(clips, seed, place, shuffle)
+
+
+class _Turns:
+    """One episode with clips from each of several files in turn. A file that has ended gives way to
+    the next one."""
+
+    def __init__(self, files, clips_of, place):
+        self.files, self.clips_of, self.epoch = files, clips_of, place.epoch
+        self.file, self.open = place.file, deque(place.open)
+        self.readers = {}               # {file: its clips, episode by episode}
+
+    def next(self, n_files):
+        """The clips of the next episode that has any, of `n_files` files in turn, or None."""
+        while True:
+            while len(self.open) < n_files and self.file < len(self.files):
+                self.open.append((self.file, 0))
+                self.file += 1
+            if not self.open:
+                return None
+            file, n = self.open.popleft()
+            if file not in self.readers:
+                self.readers[file] = self.clips_of(self.files[file], self.epoch, n)
+            # Episodes without clips take no turn: stored latents list damaged ones first.
+            for clips in self.readers[file]:
+                n += 1
+                if clips:
+                    self.open.append((file, n))
+                    return clips
+            del self.readers[file]
 
 
 def spread_over_episodes(files, clips_of, n, enough):
@@ -78,6 +108,12 @@ def spread_over_episodes(files, clips_of, n, enough):
             break
     clips = [clip for level in zip_longest(*episodes) for clip in level if clip is not None]
     return clips[:n]
+
+
+def _in_turn(place, shuffle):
+    if not shuffle:
+        return 1
+    return IN_TURN if place.epoch else min(IN_TURN, place.round + 1)
 
 
 def _size(place, size, shuffle):
@@ -146,10 +182,33 @@ def bytes_held(gathered):
     return sum(map(len, gathered)) if isinstance(gathered, list) else 0
 
 
+def is_state(state):
+    """Whether something can be the state of a loader, of this version or an earlier one."""
+    def is_number(value):
+        return type(value) is int and value >= 0
+
+    def is_open(file):
+        return isinstance(file, (tuple, list)) and len(file) == 2 and all(map(is_number, file))
+
+    if not isinstance(state, dict) or not {"round", "index", "count"} <= state.keys():
+        return False
+    some = {"open": is_open, "taken": is_number, "sets": is_state}
+    return all(isinstance(value, (tuple, list)) and all(map(some[key], value)) if key in some
+               else is_number(value) for key, value in state.items())
+
+
 def in_todays_order(state, n_files):
     """The state of a loader, also where an earlier version saved it."""
+    if "open" in state:
+        return state | {"open": tuple(map(tuple, state["open"]))}
     if "epoch" in state:
-        return state
+        # They read one file after the other: whole ones, and some episodes of the next.
+        if state["index"]:
+            say_once("files with several episodes are read in another order since this run was "
+                     "saved: some clips of the round in which it stopped come twice, or not before "
+                     "the next epoch")
+        of_one = ((state["file"], state["episode"]),) if state["episode"] else ()
+        return state | {"file": state["file"] + len(of_one), "open": of_one}
     # They counted windows of 16 files over all epochs.
     epoch = state["round"] // max(1, -(-n_files // 16))
     say_once("the order of clips is another one since this run was saved: it goes on at the "

@@ -12,7 +12,7 @@ from itertools import count
 
 import config
 from episodes.clips import START, Clips
-from episodes.source import DamagedEpisode
+from episodes.source import DamagedEpisode, episodes_from
 
 
 def labels(sets):
@@ -40,8 +40,11 @@ class Several:
         self.files = [f"{i} {file}" for i, source in enumerate(sources) for file in source.files]
 
     def episodes(self, file):
+        return self.episodes_from(file, 0, "")
+
+    def episodes_from(self, file, first, split):
         i, source, file = self._find(file)
-        for episode in source.episodes(file):
+        for episode in episodes_from(source, file, first, split):
             if isinstance(episode, DamagedEpisode):
                 yield replace(episode, location=f"{source.label}: {episode.location}")
             else:

@@ -5,6 +5,7 @@ several data sets at once Several.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +52,12 @@ class EpisodeSource(Protocol):
 
     def episodes(self, file) -> Iterator[Episode | DamagedEpisode]:
         """The episodes of one of `files`, always in the same order."""
+
+    # Where it costs something to read an episode, a source also has this; else all are read.
+
+    def episodes_from(self, file, first, split) -> Iterator[Episode | DamagedEpisode]:
+        """The same but the first ones, which are not read. Of those that are known not to be in
+        `split`, "train" or "val", poses and images may be left out."""
 
     def gather(self, images, start) -> object:
         """What a clip from recorded frame `start` needs of an Episode's images: kept in its round
@@ -111,3 +118,10 @@ def trim(n_images, n_poses, location):
         say_once(f"{location}: {n_images} images and {n_poses} states: the last "
                  f"{'image' if n_images > n_poses else 'state'} is left out")
     return min(n_images, n_poses)
+
+
+def episodes_from(source, file, first, split):
+    """The episodes of a file but the first ones, as EpisodeSource.episodes_from."""
+    if hasattr(source, "episodes_from"):
+        return source.episodes_from(file, first, split)
+    return islice(source.episodes(file), first, None)

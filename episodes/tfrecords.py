@@ -17,23 +17,27 @@ RECORD_FOOTER = 4       # bytes after them: their checksum
 READS = 3               # times that a damaged record is read from a bucket before it counts as such
 
 
-def read_records(tf, file, minutes=0, expected=None, usual=0):
+def read_records(tf, file, minutes=0, expected=None, usual=0, first=0, begin=None):
     """The records of a shard: yields (number, string tensor or DamagedEpisode).
 
     tf.data ends a file at the first damaged record. If that record's length is plausible, only
     its data were altered, and reading goes on after it; otherwise the rest is lost.
     minutes: to go on trying when gs:// does not answer. expected: records that the file should
-    hold, None if that is not known; `usual`: as many as others hold. Raises OSError."""
+    hold, None if that is not known; `usual`: as many as others hold. first: where to begin, which
+    is at byte `begin` if that is known. Raises OSError."""
     connection = Connection(tf, file, minutes)
     size = connection.call(tf.io.gfile.stat, file).length
-    offset = number = reads = 0
+    offset, number, reads = begin, first, 0
+    if begin is None:
+        offset, number = connection.call(_skip, tf, file, size, first)
+        if number < first:                              # all that there is was before
+            return
     while offset < size or size == 0:
         try:
             for record in _read_from(tf, file, offset):
                 connection.answered()
                 yield number, record
-                length = int(tf.strings.length(record))
-                offset, number = offset + RECORD_HEADER + length + RECORD_FOOTER, number + 1
+                offset, number = offset + record_bytes(int(tf.strings.length(record))), number + 1
                 reads = 0
             if offset == size > 0:
                 break
@@ -49,7 +53,7 @@ def read_records(tf, file, minutes=0, expected=None, usual=0):
         if number == expected:                          # what follows is no record
             return
         length = int.from_bytes(connection.call(_read_bytes, tf, file, offset, 8), "little")
-        after = offset + RECORD_HEADER + length + RECORD_FOOTER
+        after = offset + record_bytes(length)
         if not (length > 0 and after <= size):
             lost, about = (expected or 0) - number, ""
             if lost <= 0:
@@ -69,6 +73,25 @@ def read_records(tf, file, minutes=0, expected=None, usual=0):
         yield number, DamagedEpisode(f"{file} record {number}", reason, lost=lost)
 
 
+def record_bytes(length):
+    """Bytes that a record of this length takes in its file."""
+    return RECORD_HEADER + length + RECORD_FOOTER
+
+
+def _skip(tf, file, size, n):
+    """The byte behind the first n records of a file, and n, or where fewer can be told apart, as
+    many as there are. Only their lengths are read."""
+    offset = number = 0
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        while number < n and offset < size:
+            stream.seek(offset)
+            after = offset + record_bytes(int.from_bytes(stream.read(8), "little"))
+            if not offset + record_bytes(0) < after <= size:
+                break
+            offset, number = after, number + 1
+    return offset, number
+
+
 def _read_bytes(tf, file, offset, n):
     with tf.io.gfile.GFile(file, "rb") as stream:
         stream.seek(offset)
@@ -79,13 +102,17 @@ def _read_from(tf, file, offset):
     """A tf.data.Dataset of the records of a file from a byte on."""
     # Only inside flat_map: at the start of a pipeline, TensorFlow 2.21 loses byte_offsets.
     start = tf.data.Dataset.from_tensors((file, np.int64(offset)))
-    return start.flat_map(partial(_dataset_from, tf)).prefetch(1)
+    # Several files are open at once: what tf.data does to tune itself takes longer than reading.
+    options = tf.data.Options()
+    options.autotune.enabled = options.experimental_optimization.apply_default_optimizations = False
+    return start.flat_map(partial(_dataset_from, tf, is_remote(file))).with_options(options)
 
 
-def _dataset_from(tf, file, offset):
+def _dataset_from(tf, remote, file, offset):
     # tf.data.TFRecordDataset does not take byte_offsets; the operation behind it does.
     records = tf.raw_ops.TFRecordDatasetV2(filenames=[file], compression_type="",
-                                           buffer_size=8 << 20, byte_offsets=[offset])
+                                           buffer_size=8 << 20 if remote else 256 << 10,
+                                           byte_offsets=[offset])
     return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
 
 
