@@ -49,7 +49,6 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place, mixed=False):
     turns, clips = _Turns(files, clips_of, place), []
     while (some := turns.next(_in_turn(place, shuffle))) is not None:
         clips += some
-        pause(0)                        # ends here if nobody waits for the round any more
         if len(clips) >= _size(place, size, shuffle) and not (
                 mixed and len(set(_recordings(clips))) == 1):
             yield place, _in_order(clips, seed, place, shuffle)
@@ -80,6 +79,7 @@ class _Turns:
                 self.readers[file] = self.clips_of(self.files[file], self.epoch, n)
             # Episodes without clips take no turn: stored latents list damaged ones first.
             for clips in self.readers[file]:
+                pause(0)                # ends here if nobody waits for the round any more
                 n += 1
                 if clips:
                     self.open.append((file, n))
