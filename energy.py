@@ -4,6 +4,7 @@
     python energy.py --from=runs/droid/energy/step_5000/landscapes.npz      # tables, figures again
     python energy.py check vjepa2-ac-vitg.pt            # are these weights what they should be?
     python energy.py probe config.yaml --over=data.crop=center,droid,none   # which images they know
+    python energy.py plan runs/droid --image=now.png --pose="[0.4,0,0.3,3.14,0,0,0]" --goal=goal.png
 
 The baseline is always computed too. Each comparison has a folder of its own, out_dir/energy/NAME:
 landscapes.npz (every energy; analysis/__init__.py lists the arrays), metrics.csv, comparison.json
@@ -37,6 +38,7 @@ from analysis.arrays import check
 from analysis.measures import metrics  # noqa: F401
 from analysis.planners import cem, cem_jepa_wms, gradient_plan, mppi  # noqa: F401
 from evaluation.analysis import (  # noqa: F401
+    BASELINE,
     Analysis,
     analyse,
     choose_adapter,
@@ -52,6 +54,8 @@ from evaluation.energies import (  # noqa: F401
     sequence_energies,
     sequence_energy,
 )
+from evaluation.plan import plan
+from evaluation.replay import replay_table
 from files.reading import read_npz
 from running.lock import Lock
 
@@ -103,7 +107,13 @@ def _run(given):
         return
     if given.note:
         print(given.note)
-    if given.command == "probe":
+    if given.command == "plan":
+        adapters = given.adapters or [BASELINE]
+        if given.replay:
+            print(replay_table(given.cfg, given.replay, given.adapters))
+        else:
+            print(plan(given.cfg, given.image, given.pose, given.goal, adapters[-1]))
+    elif given.command == "probe":
         print(evaluation.probe.probe(given.cfg, given.combinations, given.adapters, given.all))
     else:
         analysis = Analysis(given.cfg, given.adapters)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import droid
 import energy
 import lora
 import model
@@ -18,6 +19,9 @@ import toy
 import train
 from checkpoint import saved_steps
 from episodes.stored import StoredLatents
+from episodes.windows import in_split
+from evaluation.plan import Planner
+from evaluation.replay import distance, find_episode, replay
 
 
 pytest.importorskip("tensorflow")
@@ -103,6 +107,25 @@ def test_the_toy_leaves_what_it_says(experiment, capsys):
     assert len(lines) == 6 + 1 + 5          # the table, an empty line, the sentences
     assert "nan" not in " ".join(lines) and "None" not in " ".join(lines)
     assert plt.imread(out / "landscapes.png").shape[1] == 2100
+
+
+def test_plans_lead_to_the_goal_with_lora(experiment):
+    """Closed loops on five held-out episodes: they come within 0.7 cm of the goal with LoRA, on
+    average, and within 11.9 cm without."""
+    out, _ = experiment
+    cfg = toy.recipe(out, "--energy.cem_samples=64", "--energy.cem_iterations=6")
+    source, found = droid.open_source(cfg), []
+    names = [episode.name for file in source.files for episode in source.episodes(file)]
+    planner = Planner(cfg)
+    for name in [name for name in names if in_split(name, "val", source.data)][:5]:
+        _, frames, poses = find_episode(cfg, name)
+        row = []
+        for adapter in ("baseline", out / "lora/step_150"):
+            planner.choose(adapter)
+            row.append(100 * min(distance(poses, i) for i in replay(planner, frames, poses)))
+        found.append(row)
+    base, adapted = np.mean(found, axis=0)
+    assert adapted < 6 and adapted < base - 4, found
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):

@@ -45,7 +45,15 @@ OPTIONS = {
         "over": "probe: a key and its values, as in --over=data.frame_step=4,8,15; several --over "
                 "make all combinations",
         "expected": "check: a JSON file of values to expect, in place of the released weights'",
-        "all": "all metrics of all groups below the verdict"},
+        "all": "all metrics of all groups below the verdict",
+        "image": "plan: what the camera sees now, a PNG or JPEG of any size",
+        "pose": "plan: the gripper's pose then, as the data have it, such as "
+                "\"[0.4,0,0.3,3.14,0,0,0]\"",
+        "goal": "plan: an image of what is wanted",
+        "replay": "plan: the name of a recorded episode, or a part of it: the closed loop on its "
+                  "frames",
+        "adapter": "plan: the folder of an adapter; without it the base model, of a run its newest "
+                   "step"},
     "export.py": {
         "dtype": "slim: bf16 (default), fp16 or fp32",
         "steps": "package: as in --steps=0,5000 (0 is the base model); by default 0, the "

@@ -1,4 +1,4 @@
-"""The command line of energy.py: comparisons, check and probe.
+"""The command line of energy.py: comparisons, check, probe and plan.
 
 Imports no PyTorch, as all that the command line needs (running/command_line.py)."""
 import itertools
@@ -18,18 +18,25 @@ from running.checks import check_adapter, check_base, check_sources, check_targe
 # What probe can vary of section energy; of data, what each data set can have of its own.
 OF_A_LANDSCAPE = ("steps", "context", "planes", "grid", "radius", "others")
 MOST_COMBINATIONS = 64
+# Options that one command alone takes.
+OF_A_COMMAND = {"over": "probe", "expected": "check"} | dict.fromkeys(
+    ("image", "pose", "goal", "replay", "adapter"), "plan")
+PLAN = ('python energy.py plan RUN --image=now.png --pose="[x,y,z,roll,pitch,yaw,gripper]" '
+        "--goal=goal.png, or --replay=EPISODE")
 
 
 def parse(given):
-    """Adds `command` ("", check or probe), and `source`, or `cfg`, `adapters` and what to say about
-    their choice, `note`."""
+    """Adds `command` ("", check, probe or plan), and `source`, or `cfg`, `adapters` and what to say
+    about their choice, `note`."""
     options, given.source, given.adapters = given.options, "", []
     given.command, given.all = "", "all" in options
-    if given.paths[:1] in (["check"], ["probe"]) and not os.path.exists(given.paths[0]):
+    if given.paths[:1] in (["check"], ["probe"], ["plan"]) and not os.path.exists(given.paths[0]):
         given.command, *given.paths = given.paths
-    for name, command in (("over", "probe"), ("expected", "check")):
+    for name, command in OF_A_COMMAND.items():
         if name in options and given.command != command:
             raise ValueError(f"--{name} applies to energy.py {command}")
+    if given.command == "plan":
+        _plan(given)
     if given.command == "check":
         return _check(given)
     if "from" in options:
@@ -44,7 +51,8 @@ def parse(given):
     given.cfg = cfg = load(given)
     given.debug, given.note = cfg.debug, ""
     runs = [path for path in given.paths if os.path.isdir(path)]
-    steps, adapters = options.get("steps"), options.get("adapters", "")
+    steps = options.get("steps")
+    adapters = options.get("adapters", "") or options.get("adapter", "")
     folders = [path for path in runs if names_step(path)]
     if steps:
         folders += step_folders(cfg.out_dir, steps)
@@ -60,6 +68,9 @@ def parse(given):
     for adapter in given.adapters:
         if adapter != "baseline":
             check_adapter(adapter)
+    if given.command == "plan" and not given.replay:
+        check_base(cfg.model.checkpoint)            # plans of images need no data
+        return given
     check_sources(config.flat(cfg))
     if cfg.energy.also and given.command != "probe":
         second = config.second_data_set(cfg.data, cfg.energy.also)
@@ -87,6 +98,37 @@ def _landscapes(path):
     if not file.exists():
         raise ValueError(f"{file}: no such file; energy.py RUN --steps=… writes it")
     return str(file)
+
+
+def _plan(given):
+    """Adds `replay`, or `image`, `goal` and `pose`, a list of numbers. Raises ValueError."""
+    options = given.options
+    given.replay = options.get("replay", "")
+    others = [name for name in options if name not in
+              ("image", "pose", "goal", "replay", "adapter", "adapters", "steps")]
+    if others:
+        raise ValueError(f"--{others[0]} does not apply to plan: {PLAN}")
+    if "adapter" in options and "adapters" in options:
+        raise ValueError("--adapter and --adapters: give one of them")
+    from_images = [name for name in ("image", "pose", "goal") if options.get(name)]
+    if given.replay:
+        if from_images:
+            raise ValueError(f"--{from_images[0]}: a replay takes its images and poses from the "
+                             "episode")
+        return
+    if len(from_images) < 3:
+        missing = next(name for name in ("image", "pose", "goal") if name not in from_images)
+        raise ValueError(f"plan needs --{missing}: {PLAN}")
+    given.image, given.goal = expand_home(options["image"]), expand_home(options["goal"])
+    for path in (given.image, given.goal):
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: no such image")
+    try:
+        given.pose = [float(part) for part in options["pose"].strip(" []()").split(",")]
+    except ValueError:
+        raise ValueError(f"--pose={options['pose']:.80}: expected numbers with commas between "
+                         "them: x y z, rotation, gripper, such as [0.4,0,0.3,3.14,0,0,0]"
+                         ) from None
 
 
 def _check(given):

@@ -32,7 +32,7 @@ FLOORS = ["files", "settings", "config", "vjepa2_src", "lora", "model", "analysi
           "export", "tabletop", "toy", "bench", "tests"]
 USES_FAST = {"fast", "toy", "bench", "tests"}                   # floors
 # inside functions
-USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "evaluation/analysis.py"}
+USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "evaluation/analysis.py", "evaluation/plan.py"}
 
 READING_PATH = ["config.py", "vjepa2_src/__init__.py", "vjepa2_src/blocks.py",
                 "vjepa2_src/encoder.py", "vjepa2_src/predictor.py", "model.py", "lora.py",
