@@ -58,9 +58,9 @@ def lr_at(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.lr - cfg.min_lr)
 
 
-def train(cfg):
+def train(cfg, load=model.load):
     """Runs the recipe and returns the folder of the last checkpoint. Raises ValueError or OSError
-    with one line to act on."""
+    with one line to act on. load: in place of model.load, for what trains many times."""
     config.validate(cfg)
     check_training(cfg)
     device = model.resolve_device(cfg.device)
@@ -75,7 +75,7 @@ def train(cfg):
             cfg = memory.cap_gpu_memory(cfg, device)
             cfg, picked = memory.choose_micro_batch(cfg, model.can_accelerate(cfg, device))
         try:
-            return run(cfg, device, run_folder, mirror, picked)
+            return run(cfg, device, run_folder, mirror, picked, load)
         except torch.OutOfMemoryError as error:
             if importlib.util.find_spec("fast") is None:
                 raise ValueError(f"{error}; use a smaller --batch_size") from None
@@ -84,7 +84,7 @@ def train(cfg):
             raise ValueError(memory.out_of_memory(cfg, device, newest)) from None
 
 
-def run(cfg, device, run_folder, mirror, picked=""):
+def run(cfg, device, run_folder, mirror, picked="", load=model.load):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dtype = model.DTYPES[cfg.precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -93,8 +93,8 @@ def run(cfg, device, run_folder, mirror, picked=""):
 
     # Model: the base in half precision and frozen, the adapters in float32.
     torch.manual_seed(cfg.seed)
-    encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size, dtype, device,
-                                    encoder=not cfg.data.latents)
+    encoder, predictor = load(cfg.model.checkpoint, cfg.model.size, dtype, device,
+                              encoder=not cfg.data.latents)
     if cfg.data.latents:
         check_store(cfg, predictor.encoder_fingerprint)
     adapted = lora.inject(predictor, **asdict(cfg.lora))

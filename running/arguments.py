@@ -143,6 +143,23 @@ def steps_of(run):
                   if is_step(path) and (path / "adapter_config.json").is_file())
 
 
+def choices(overs, usage):
+    """{dotted key: [values as text]} of several --over=KEY=VALUE,VALUE. Raises ValueError with
+    `usage`."""
+    found = {}
+    for text in overs:
+        name, _, values = text.partition("=")
+        name = name.lstrip(DASHES).replace("-", "_").strip()
+        # Commas within brackets belong to one value.
+        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
+        if not parts or len(",".join(parts)) < len(values):
+            raise ValueError(f"--over={text}: takes a key and its values with commas between them, "
+                             f"{usage}")
+        known = found.setdefault(name, [])
+        known += [value for part in parts if (value := part.strip()) not in known]
+    return found
+
+
 def main_steps(cfg, run):
     """--steps for a run folder if nothing is said: its milestones and the newest one."""
     steps = steps_of(run)

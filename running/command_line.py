@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import config
 from episodes.retry import is_remote
 from files.text import expand_home
-from running import energy_line, stop
+from running import energy_line, stop, sweep_line
 from running.arguments import (
     RUN,
     load,
@@ -54,6 +54,13 @@ OPTIONS = {
                   "frames",
         "adapter": "plan: the folder of an adapter; without it the base model, of a run its newest "
                    "step"},
+    "sweep.py": {
+        "over": "a key and its values, as in --over=lr=1e-5,1e-4; several --over make all "
+                "combinations; for random and tpe also a range, --over=lr=1e-5..1e-2",
+        "sampler": "grid (default), random or tpe",
+        "runs": "of random and tpe: how many (default 16)",
+        "halvings": "times that the worse half is stopped (default 1: at half of the steps)",
+        "workers": "runs at a time (default: one for each GPU)"},
     "export.py": {
         "dtype": "slim: bf16 (default), fp16 or fp32",
         "steps": "package: as in --steps=0,5000 (0 is the base model); by default 0, the "
@@ -124,7 +131,8 @@ def parse(script, doc, args):
 
     Prints help and ends the process if it is asked for, or if there are no arguments where some
     are needed. Raises ValueError as `config.load`, and for paths that are not there."""
-    needs_some = script in ("train.py", "latents.py", "energy.py", "droid.py", "bench.measure")
+    needs_some = script in ("train.py", "latents.py", "energy.py", "droid.py", "sweep.py",
+                            "bench.measure")
     if set(args) & set(HELP) or needs_some and not args:
         text = help_text(script, doc)
         encoding = sys.stdout.encoding or "utf-8"
@@ -135,7 +143,7 @@ def parse(script, doc, args):
     if script in WITHOUT_KEYS and given.paths + given.keys:
         raise ValueError(f"{(given.paths + given.keys)[0]}: {script} takes no such argument")
     functions = {"train.py": _train, "latents.py": _latents, "energy.py": energy_line.parse,
-                 "export.py": _export, "droid.py": _droid}
+                 "export.py": _export, "droid.py": _droid, "sweep.py": sweep_line.parse}
     return functions[script](given) if script in functions else given
 
 

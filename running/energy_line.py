@@ -4,14 +4,13 @@ Imports no PyTorch, as all that the command line needs (running/command_line.py)
 import itertools
 import math
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import config
 from files.text import expand_home
-from running.arguments import DASHES, load, main_steps, names_step, step_folders
+from running.arguments import choices, load, main_steps, names_step, step_folders
 from running.checks import check_adapter, check_base, check_sources, check_target
 
 
@@ -150,34 +149,25 @@ def _combinations(given):
     usage = "such as --over=data.frame_step=4,8,15"
     if not given.options.get("over"):
         raise ValueError(f"probe needs --over, {usage}")
-    choices = {}        # {key: [values as text]}
-    for text in given.options["over"]:
-        name, _, values = text.partition("=")
-        name = name.lstrip(DASHES).replace("-", "_").strip()
-        # Commas within brackets belong to one value.
-        parts = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+", values)
-        if not parts or len(",".join(parts)) < len(values):
-            raise ValueError(f"--over={text}: takes a key and its values with commas between them, "
-                             f"{usage}")
+    values = choices(given.options["over"], usage)
+    for name in values:
         of_data, of_energy = name.removeprefix("data."), name.removeprefix("energy.")
         if name in config.flat(config.Config()) and not (
                 of_data != name and of_data.split(".")[0] in config.OF_A_DATA_SET
                 or of_energy != name and of_energy in OF_A_LANDSCAPE):
             raise ValueError(
-                f"--over={text}: probe compares landscapes on the same moments under other values "
-                f"of {', '.join(f'data.{key}' for key in config.OF_A_DATA_SET)}, "
+                f"--over={name}=…: probe compares landscapes on the same moments under other "
+                f"values of {', '.join(f'data.{key}' for key in config.OF_A_DATA_SET)}, "
                 f"{', '.join(f'energy.{key}' for key in OF_A_LANDSCAPE)}; {usage}")
-        values = choices.setdefault(name, [])
-        values += [value for part in parts if (value := part.strip()) not in values]
-    n = math.prod(map(len, choices.values()))
+    n = math.prod(map(len, values.values()))
     if n > MOST_COMBINATIONS:
         raise ValueError(f"--over: makes {n:,} combinations; give {MOST_COMBINATIONS} at most")
     found = []
-    for chosen in itertools.product(*choices.values()):
-        keys = [f"--{name}={value}" for name, value in zip(choices, chosen)]
+    for chosen in itertools.product(*values.values()):
+        keys = [f"--{name}={value}" for name, value in zip(values, chosen)]
         cfg = load(SimpleNamespace(paths=given.paths, keys=[*given.keys, *keys]))
         check_sources(config.flat(cfg))
         title = " ".join(f"{name.rpartition('.')[2]}={value}"
-                         for name, value in zip(choices, chosen))
+                         for name, value in zip(values, chosen))
         found.append((title, cfg))
     return found

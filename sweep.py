@@ -1,0 +1,301 @@
+"""Many short runs of train.py over other settings, and which is best.
+
+    python sweep.py config.yaml --data.latents=latents/droid_100 --max_steps=500 \\
+        --over=lora.rank=8,16,32 --over=lr=1e-5,1e-4,1e-3
+    python sweep.py … --over=lr=1e-5..1e-2 --sampler=tpe --runs=20      # or random; needs optuna
+
+Every combination is a run of train.py in a folder of its own, out_dir/sweep/lora.rank=8,lr=1e-4,
+as `python train.py` would make it, with the same numbers. At half of the steps the worse half is
+stopped (--halvings=0 for none, 2 for a quarter at a quarter, and so on), by the key `best`, after
+all runs have come so far: what goes on depends neither on the order nor on the time. A sweep that
+was killed goes on when it is called again, and ends with the same table.
+
+With several GPUs each takes a run; --workers=N is for a CPU. A process reads the base's weights
+once for runs from stored latents, and copies them for each run. In out_dir/sweep: sweep.csv,
+sweep.json (every validation) and sweep.png; the output of each run is in its log.txt.
+"""
+import copy
+import csv
+import gc
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+from running import script
+
+
+# Before PyTorch, whose import takes seconds.
+if __name__ == "__main__":
+    arguments = script.begin("sweep.py", __doc__)
+
+import torch
+
+import checkpoint
+import config
+import files
+import model
+import train
+from analysis import sweeps
+from files.reading import read_json
+from running import stop, sweep_line
+from running.best import CRITERIA
+from running.lock import Lock
+from running.log import validations
+
+
+class LoadOnce:
+    """`model.load` for many runs: of the same file it reads the predictor once, and gives each run
+    a copy, which it may change. With an encoder it is as `model.load`: two would fill a GPU."""
+
+    def __init__(self):
+        self.key = self.predictor = None
+
+    def __call__(self, path, size, dtype, device, encoder=True):
+        # Random weights are drawn, and what is drawn after them depends on that.
+        if encoder or path == "random":
+            return model.load(path, size, dtype, device, encoder=encoder)
+        key = path, os.stat(path).st_mtime_ns, str(size), dtype, device
+        if key != self.key:
+            self.key, self.predictor = None, None       # not two at once
+            self.predictor = model.load(path, size, dtype, device, encoder=False)[1]
+            self.key = key
+        return None, copy.deepcopy(self.predictor)
+
+
+load_once = LoadOnce()
+
+
+def sweep(given):
+    """Runs the sweep, writes its files and prints its table. Raises ValueError and OSError."""
+    out = Path(given.cfg.out_dir, "sweep")
+    with Lock(out):
+        with Workers(given) as workers:
+            _claim(out, given, workers)
+            if given.sampler == "tpe":
+                runs = _tpe(given, out, workers)
+            else:
+                chosen = sweep_line.grid(given) if given.sampler == "grid" else _random(given)
+                runs = _halving(given, [Run(given, out, one) for one in chosen], workers)
+    result = sweeps.result(given.cfg.best, *CRITERIA[given.cfg.best], given.cfg.max_steps, runs)
+    files.write_file(out / "sweep.json", json.dumps(result, indent=1).encode())
+    text = io.StringIO()
+    csv.writer(text).writerows(sweeps.rows(result))
+    files.write_file(out / "sweep.csv", text.getvalue().encode())
+    sweeps.draw(result, out / "sweep.png")
+    print(f"\n{sweeps.summary(result)}\n\n{out}: sweep.csv, sweep.json, sweep.png")
+    return result
+
+
+class Run:
+    """One run of a sweep: `chosen` {key: text}, `validations` {step: {name: value}}, and `fault`,
+    why it ended, or ""."""
+
+    def __init__(self, given, out, chosen):
+        self.chosen, self.title = chosen, sweep_line.title_of(chosen)
+        cfg = sweep_line.config_of(given, chosen)
+        self.cfg = replace(cfg, out_dir=str(out / sweep_line.folder_of(chosen)), resume=True)
+        self.validations, self.fault, self.seconds = {}, "", 0
+
+    def read(self):
+        """Reads what the run has logged."""
+        path = Path(self.cfg.out_dir, "metrics.jsonl")
+        for entry in validations(path, self.cfg.max_steps):
+            self.validations[entry["step"]] = entry
+        return self
+
+    def is_at(self, step):
+        """Whether it has trained and validated as far as this step."""
+        return step in self.read().validations and (
+            checkpoint.newest_step(self.cfg.out_dir) or 0) >= step
+
+    def value(self, step):
+        """What is compared, lower is better; None if it failed."""
+        name, larger = CRITERIA[self.cfg.best]
+        value = None if self.fault else self.validations.get(step, {}).get(name)
+        return None if value is None or value != value else -value if larger else value
+
+
+def _halving(given, runs, workers):
+    """Trains all runs, and goes on with the better half of them after each of `halvings` rungs ->
+    all of them."""
+    steps = given.cfg.max_steps
+    rungs = [steps // 2 ** k for k in range(given.halvings, -1, -1)]
+    alive = runs
+    for rung in rungs:
+        workers.train(alive, rung)
+        alive = sorted((run for run in alive if run.value(rung) is not None),
+                       key=lambda run: run.value(rung))[:-(-len(alive) // 2)]
+    return runs
+
+
+def _random(given):
+    """The {key: text} of runs that are drawn by the seed."""
+    optuna = _optuna()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=given.cfg.seed))
+    return [_suggest(study.ask(), given.values) for _ in range(given.n_runs)]
+
+
+def _tpe(given, out, workers):
+    """Trains runs whose values the earlier ones suggest (Bergstra et al. 2011), as many at a time
+    as there are workers -> all of them."""
+    optuna, runs = _optuna(), []
+    while len(runs) < given.n_runs:
+        # Made anew from what is known, so that a sweep that was killed suggests the same again.
+        sampler = optuna.samplers.TPESampler(seed=given.cfg.seed + len(runs), constant_liar=True)
+        study = optuna.create_study(sampler=sampler)
+        for run in runs:
+            value = run.value(run.cfg.max_steps)
+            state = optuna.trial.TrialState
+            study.add_trial(optuna.trial.create_trial(
+                state=state.FAIL if value is None else state.COMPLETE, value=value,
+                params=run.params, distributions=run.distributions))
+        batch = []
+        for _ in range(min(workers.n, given.n_runs - len(runs))):
+            trial = study.ask()
+            run = Run(given, out, _suggest(trial, given.values))
+            run.params, run.distributions = trial.params, trial.distributions
+            batch.append(run)
+        workers.train(batch, given.cfg.max_steps)
+        runs += batch
+    return runs
+
+
+def _suggest(trial, values):
+    """{key: text} for an Optuna trial. A range over more than a decade is searched by its
+    logarithm; of a key that is a whole number, only those are."""
+    defaults, chosen = config.flat(config.Config()), {}
+    for name, some in values.items():
+        if not isinstance(some, sweep_line.Range):
+            chosen[name] = trial.suggest_categorical(name, some)
+            continue
+        low, high = map(float, some)
+        log = low > 0 and high >= 10 * low
+        if type(defaults[name]) is int:
+            chosen[name] = str(trial.suggest_int(name, round(low), round(high), log=log))
+        else:
+            chosen[name] = f"{trial.suggest_float(name, low, high, log=log):.6g}"
+    return chosen
+
+
+def _optuna():
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("--sampler=random and tpe need Optuna: pip install optuna, or use "
+                         "--sampler=grid") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _claim(out, given, workers):
+    """Raises ValueError if the folder has a sweep with other settings: its runs are no part of
+    this one."""
+    about = {"over": {name: list(some) for name, some in given.values.items()},
+             "sampler": given.sampler, "runs": given.n_runs, "halvings": given.halvings,
+             "workers": workers.n if given.sampler == "tpe" else 0,
+             "settings": {name: repr(value) for name, value in config.flat(given.cfg).items()
+                          if name not in ("device", "resume", "debug", "wandb", "tensorboard")}}
+    path = out / "settings.json"
+    if path.exists():
+        there = read_json(path)
+        changed = [key for key in about if not isinstance(there, dict)
+                   or there.get(key) != about[key]]
+        if changed:
+            raise ValueError(f"{path}: this sweep was begun with other {', '.join(changed)}; "
+                             "choose another --out_dir, or remove it")
+    files.write_file(path, json.dumps(about, indent=1).encode())
+
+
+# Processes
+
+class Workers:
+    """One process for each GPU, or as many as --workers says; a single one is this process."""
+
+    def __init__(self, given):
+        n_gpus = torch.cuda.device_count() if given.cfg.device != "cpu" else 0
+        self.n = given.workers or max(1, n_gpus)
+        self.pool = None
+        if self.n > 1:
+            context = multiprocessing.get_context("spawn")
+            devices = context.Queue()
+            for i in range(self.n):
+                devices.put(i % n_gpus if n_gpus else None)
+            threads = 0 if n_gpus else max(1, sweep_line.cpus() // self.n)
+            self.pool = ProcessPoolExecutor(self.n, context, _begin,
+                                            (devices, threads, os.getpid()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def train(self, runs, step):
+        """Trains runs as far as a step, where they are not there yet, and reads what they logged.
+        Ends the process after a signal."""
+        todo = [run for run in runs if not run.is_at(step)]
+        begin, done = time.monotonic(), len(runs) - len(todo)
+        if todo:
+            print(f"to step {step} of {runs[0].cfg.max_steps}: {len(todo)} runs", flush=True)
+        apply = self.pool.map if self.pool else map
+        faults = apply(_train, [replace(run.cfg, stop_at=step) for run in todo])
+        for run, fault in zip(todo, faults):
+            run.fault = fault
+            if not run.is_at(step) and not fault:
+                print(f"sweep.py: stopped in {run.title}; the same command goes on")
+                raise SystemExit(stop.exit_code() or 1)
+            done += 1
+            value = run.validations.get(step, {}).get(CRITERIA[run.cfg.best][0])
+            left = (time.monotonic() - begin) / (done - len(runs) + len(todo)) * (len(runs) - done)
+            print(f"  {done}/{len(runs)}  {run.title}: "
+                  f"{fault or f'{run.cfg.best} {value:.4g}'}"
+                  + f"  ({left:.0f} s left)" * (left > 1), flush=True)
+
+
+def _begin(devices, threads, parent):
+    """In a worker: its GPU, and its end if the sweep is killed."""
+    device = devices.get()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    if threads:
+        torch.set_num_threads(threads)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _train(cfg):
+    """Trains one run, with its output in log.txt -> "", or why it ended."""
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            train.train(cfg, load_once)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return ""
+
+
+def main(args):
+    """args: of the command line, or what `script.begin` returned."""
+    script.run("sweep.py", __doc__, args, sweep)
+
+
+if __name__ == "__main__":
+    main(arguments)
