@@ -7,8 +7,9 @@
     python energy.py plan runs/droid --image=now.png --pose="[0.4,0,0.3,3.14,0,0,0]" --goal=goal.png
 
 The baseline is always computed too. Each comparison has a folder of its own, out_dir/energy/NAME:
-landscapes.npz (every energy; analysis/__init__.py lists the arrays), metrics.csv, comparison.json
-and figures. A run that was killed goes on when it is called again. evaluation/ has the parts:
+report.html to open in a browser, landscapes.npz (every energy; analysis/__init__.py lists the
+arrays), metrics.csv, comparison.json and figures. A run that was killed goes on when it is called
+again. evaluation/ has the parts:
 
     h = world.encode(frames)[0]                                             # [T, N, D]
     energies = energy.landscape(world, h[:1], states[:1], h[1], actions)    # [K]
@@ -57,6 +58,7 @@ from evaluation.energies import (  # noqa: F401
 from evaluation.plan import plan
 from evaluation.replay import replay_table
 from files.reading import read_npz
+from report import page
 from running.lock import Lock
 
 
@@ -77,14 +79,17 @@ def load(path):
     return arrays
 
 
-def report(arrays, folder, again=True):
-    """Writes metrics and figures of the arrays into `folder` -> the content of comparison.json.
+def report(arrays, folder, again=True, also=None):
+    """Writes metrics, figures and report.html of the arrays into `folder` -> the content of
+    comparison.json.
 
-    again: also if they are there, newer than landscapes.npz."""
+    again: figures also if they are there, newer than landscapes.npz; also: the content of
+    comparison.json of a second data set."""
     result, last = compare.write(folder, arrays), folder / "horizon.png"
     drawn = last.exists() and os.path.getmtime(last) >= os.path.getmtime(folder / "landscapes.npz")
     if again or not drawn:
         figures.write(folder, arrays, result)
+    page.write(folder, arrays, result, also)
     return result
 
 
@@ -126,11 +131,11 @@ def _run(given):
 
 
 def show(folder, arrays, everything=False, also=(), again=False):
-    """Writes metrics and figures into a folder and prints the verdict and six rows. everything:
-    all groups and metrics too; also: (folder, arrays) of the same checkpoints on a second data set,
-    which tell what was forgotten; again: draw figures that are there already."""
-    result = report(arrays, folder, again)
+    """Writes metrics, figures and report into a folder and prints the verdict and six rows.
+    everything: all groups and metrics too; also: (folder, arrays) of the same checkpoints on a
+    second data set, which tell what was forgotten; again: draw figures that are there already."""
     second = report(also[1], also[0], again) if also else None
+    result = report(arrays, folder, again, second)
     _print(folder, result, everything, second)
     if also:
         print(f"\nON THE SECOND DATA SET, {also[1].get('also', 'energy.also')}:")
@@ -141,7 +146,7 @@ def _print(folder, result, everything, second=None):
     print(verdict.summary(result, second))
     if everything:
         print(f"\n{compare.table(result)}")
-    print(f"\n{folder}: landscapes.npz, metrics.csv, comparison.json and figures"
+    print(f"\n{folder}: report.html, figures, landscapes.npz, metrics.csv, comparison.json"
           + "; --all shows all metrics" * (not everything))
 
 

@@ -268,8 +268,8 @@ def _config_in_package(cfg):
 def source_files():
     """The files of this project that the notebook needs, relative to it, sorted: colab.ipynb,
     LICENSE, latents.py, the modules that its code cells import, and the modules that those import,
-    at the top or inside of functions; beside evaluation/check.py the frames that it needs. Raises
-    ValueError if a cell is not Python."""
+    at the top or inside of functions; beside evaluation/check.py and report/page.py the files that
+    they read. Raises ValueError if a cell is not Python."""
     notebook = json.loads((PROJECT / "colab.ipynb").read_text())
     found, waiting = {"colab.ipynb", "LICENSE"}, ["latents.py"]
     for number, cell in enumerate(notebook["cells"], 1):
@@ -287,6 +287,8 @@ def source_files():
             waiting += _imported_files((PROJECT / name).read_text())
     if "evaluation/check.py" in found:
         found |= {"evaluation/franka_pair.npz", "evaluation/franka_pair.NOTICE.txt"}
+    if "report/page.py" in found:
+        found |= {"report/page.html", "report/page.css", "report/page.js", "docs/evaluation.md"}
     return sorted(found)
 
 

@@ -100,6 +100,7 @@ class Run:
 
     def __init__(self, given, out, chosen):
         self.chosen, self.title = chosen, sweep_line.title_of(chosen)
+        # resume: what an earlier call has trained is taken over.
         cfg = sweep_line.config_of(given, chosen)
         self.cfg = replace(cfg, out_dir=str(out / sweep_line.folder_of(chosen)), resume=True)
         self.validations, self.fault, self.seconds = {}, "", 0
@@ -204,6 +205,7 @@ def _claim(out, given, workers):
              "settings": {name: repr(value) for name, value in config.flat(given.cfg).items()
                           if name not in ("device", "resume", "debug", "wandb", "tensorboard")}}
     path = out / "settings.json"
+    # Its runs may have taken days.
     if path.exists():
         there = read_json(path)
         changed = [key for key in about if not isinstance(there, dict)
@@ -236,6 +238,7 @@ class Workers:
         return self
 
     def __exit__(self, *_):
+        # After an error no further run is to begin.
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
@@ -263,12 +266,14 @@ class Workers:
 
 def _begin(devices, threads, parent):
     """In a worker: its GPU, and its end if the sweep is killed."""
+    # Before CUDA is initialised, which is when it looks at the variable.
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
     if threads:
         torch.set_num_threads(threads)
 
+    # A process whose parent was killed goes on, and would hold the lock of its run.
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
@@ -286,6 +291,7 @@ def _train(cfg):
     except ValueError as error:
         return " ".join(str(error).split())
     finally:
+        # The next run on this GPU may need all of its memory.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -230,7 +230,7 @@ def draw(A, B, path, n_pairs=3):
             for panel, (_, arrays, c) in zip(panels[row, 2:], columns):
                 image = _draw_landscape(panel, arrays, c, pair, scale)
                 panel.tick_params(labelbottom=False, labelleft=arrays is A)
-            panels[row, 2].set_ylabel(f"pair {row + 1}\nΔy (cm)")
+            panels[row, 2].set_ylabel(f"pair {pair}\nΔy (cm)")
         for panel, (_, arrays, _), energies in zip(panels[-1, 2:], columns, above):
             _draw_mean_landscape(panel, arrays, energies, scale)
             panel.tick_params(labelleft=arrays is A)

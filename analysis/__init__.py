@@ -16,7 +16,9 @@ frame; an energy is the mean L1 distance between latents.
   the pairs
     episodes            [P] text            the clusters of the bootstrap
     states              [P, T, 7]           poses of the clip: metres, radians, gripper closedness
-    frames              [P, 2, S, S, 3] u8  context and goal; absent with stored latents
+    frames              [P, 2, S, S, 3] u8  context and goal; absent with stored latents whose
+                                            frames are not at hand
+    frame_numbers       [P, 2] int          the recorded frames that these are; -1 unknown
     true_actions        [P, 7]              leads from context to goal if taken `steps` times
 
   the landscapes, for each plane such as xy
@@ -78,4 +80,14 @@ frame; an energy is the mean L1 distance between latents.
     radius              []                  metres; half width of grids and of the planners' box
     steps, frame_step   []                  the goal lies steps x frame_step recorded frames on
     device, dtype, base [] text             GPU or CPU, precision, fingerprint of the base model
+
+  what report.html says besides; each may be absent
+    about_data          [lines] text        episodes, clips, rate and moves of the data sets
+    validation          [names] text        all validation episodes, as far as they were looked at
+    command             [words] text        measures the same
+    commit              [] text             of the code
+    log_runs            [runs] text         training runs of the checkpoints
+    log_values          [runs, rows, 6]     what their metrics.jsonl holds: step, loss, val_loss,
+                                            val_l1, val_shuffled, val_copy; NaN where not logged
+    run_of              [C] int             the run that a checkpoint is of; -1 unknown
 """

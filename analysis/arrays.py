@@ -35,15 +35,19 @@ OPTIONAL = {
     "l2_zero": "real C P", "l2_negatives": "real C P M", "l2_horizon": "real C P T-1",
     "l2_horizon_copy": "real P T-1", "actions_shell": "real P S 7", "energy_shell": "real C P S",
     "l2_shell": "real C P S", "actions_ray": "real P R 7", "ray_multiples": "real R",
-    "energy_ray": "real C P R", "l2_ray": "real C P R",
+    "energy_ray": "real C P R", "l2_ray": "real C P R", "frame_numbers": "int P 2",
+    "about_data": "text lines", "validation": "text names", "command": "text words",
+    "commit": "text", "log_runs": "text runs", "log_values": "real runs rows 6",
+    "run_of": "int C",
 }
 # Of those, arrays that come together.
 TOGETHER = [
+    {"log_runs", "log_values", "run_of"},
     {"l2_true", "l2_zero", "l2_negatives", "l2_horizon", "l2_horizon_copy", "l2_shell", "l2_ray",
      "actions_shell", "energy_shell", "actions_ray", "ray_multiples", "energy_ray"}]
 
-# With a single pair there may be no action of another moment.
-MAY_BE_NAN = {"shuffled", "loss_shuffled", "update_norm"}
+# With a single pair there may be no action of another moment. Not each step logs everything.
+MAY_BE_NAN = {"shuffled", "loss_shuffled", "update_norm", "log_values"}
 AT_LEAST = {"C": 1, "P": 1, "S": 1, "R": 2, "n": 1, "T": 2, "H": 1, "F": 1}
 
 

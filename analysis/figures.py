@@ -4,8 +4,9 @@
     figures.write(folder, arrays, result)       # all of them, as PNG
     figures.heat_maps(arrays, "xy")             # a matplotlib Figure, for a notebook
 
-All checkpoints of a figure share one colour scale: energies above the minimum of their own panel,
-so that depths can be compared.
+Energies are shown above the minimum of their own landscape, in % of its mean: one that hardly
+depends on the action looks as flat as it is. All checkpoints of a figure share one scale. Pairs
+have their numbers of metrics.csv.
 """
 import io
 import textwrap
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.compare import group_title
-from analysis.measures import AXES, COORDINATE_DECIMALS, describe, is_flat
+from analysis.measures import AXES, COORDINATE_DECIMALS, FLAT_SHARE, describe, is_flat
 from analysis.table import PLANNERS, shortened
 from files import write_file
 
@@ -35,6 +36,7 @@ STYLE = {
     "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5, "legend.frameon": False,
     "text.parse_math": False,       # names of checkpoints are text, also with a $ in them
+    "axes.formatter.useoffset": False,      # a "+1" beside an axis would hide that it shows noise
 }
 TRUE_MARKER = {"marker": "P", "ms": 6, "mfc": TRUE_COLOUR, "mec": "white", "mew": 0.5}
 MINIMUM_MARKER = {"marker": "o", "ms": 5, "mfc": "none", "mew": 1.1}
@@ -42,6 +44,7 @@ N_PAIRS = 6         # columns of the heat maps, as many as a page holds
 N_BINS = 14         # of distance to the true action
 LONGEST_NAME = 28   # characters of a checkpoint's name
 TITLE_WIDTH = 30    # characters of 7 points in a panel of 1.75 inches
+ABOVE = "energy above the minimum,\n% of the landscape's mean"
 
 
 def write(folder, arrays, result):
@@ -57,11 +60,8 @@ def write(folder, arrays, result):
 
 def all_figures(arrays, result):
     """Yields (name, Figure)."""
-    planes = _two_axis_planes(arrays)
-    for plane in planes:
+    for plane in two_axis_planes(arrays):
         yield f"landscapes_{plane}", heat_maps(arrays, plane)
-    if planes:
-        yield f"surface_{planes[0]}", surfaces(arrays, planes[0])
     yield "distance", energy_over_distance(arrays)
     known = [c for c in result["checkpoints"].values() if c["training_step"] >= 0]
     if len(known) > 1:
@@ -74,18 +74,33 @@ def _names(arrays):
     return [shortened(name, LONGEST_NAME) for name in arrays["checkpoints"].tolist()]
 
 
-def _two_axis_planes(arrays):
+def two_axis_planes(arrays):
+    """Names of the planes that are drawn as maps."""
     return [plane for plane in arrays["planes"].tolist() if len(plane) == 2]
 
 
+def above_minimum(energy):
+    """Energies [..., K] above their minimum, in % of their mean: [..., K] float64."""
+    energy = np.asarray(energy, float)
+    mean = np.abs(energy).mean(axis=-1, keepdims=True)
+    above = energy - energy.min(axis=-1, keepdims=True)
+    return 100 * above / np.where(mean > 0, mean, 1)        # all of them are 0 if their mean is
+
+
+def scale_end(energy):
+    """Where the colours of landscapes [..., K] end, in % above their minimum: the highest 5 % of
+    all points share the last colour, lest one steep landscape darken the others. No less than what
+    is called flat: noise is not to fill the scale."""
+    return max(100 * FLAT_SHARE, float(np.nanquantile(above_minimum(energy), 0.95)))
+
+
 def _landscape(arrays, plane, c, p):
-    """Ticks (cm) and energies above the minimum [first axis, second axis] of one landscape."""
+    """Ticks (cm) and `above_minimum` [first axis, second axis] of one landscape."""
     first = AXES.index(plane[0])
     actions = arrays[f"actions_{plane}"][p]                             # [K, 7]
     ticks = 100 * np.unique(np.round(actions[:, first], COORDINATE_DECIMALS))
     n = round(len(actions) ** 0.5)
-    energy = arrays[f"energy_{plane}"][c, p].reshape(n, n)
-    return ticks, energy - energy.min()
+    return ticks, above_minimum(arrays[f"energy_{plane}"][c, p]).reshape(n, n)
 
 
 def _true_position(arrays, plane, p):
@@ -93,38 +108,40 @@ def _true_position(arrays, plane, p):
     return 100 * arrays["true_actions"][p, [AXES.index(axis) for axis in plane]]
 
 
-def _scale_end(arrays, plane, pairs, share=1.0):
-    """The energy above its panel's minimum that `share` of all points stay below; 1 if all panels
-    are flat, for a scale must have a length."""
-    energy = arrays[f"energy_{plane}"][:, pairs]                        # [C, pairs, K]
-    return np.nanquantile(energy - energy.min(axis=2, keepdims=True), share) or 1.0
-
-
 def _hide_frame(panel):
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def heat_maps(arrays, plane, pairs=None):
-    """Landscapes as heat maps: rows are checkpoints, columns pairs (the first N_PAIRS by default).
-    A cross marks the true action, a ring the minimum. A true action outside the grid is an arrow at
-    the edge, with its length."""
+    """Landscapes as heat maps: columns are pairs (the first N_PAIRS by default); the rows are what
+    the camera sees, context and goal, if that is known, and the checkpoints. A cross marks the true
+    action, a ring the minimum. A true action outside the grid is an arrow at the edge, with its
+    length."""
     names = _names(arrays)
     if pairs is None:
         pairs = list(range(min(N_PAIRS, len(arrays["episodes"]))))
-    # the highest 5 % of all points share the last colour, lest one steep panel darken the others
-    scale_end = _scale_end(arrays, plane, pairs, share=0.95)
+    end = scale_end(arrays[f"energy_{plane}"][:, pairs])
+    seen = int("frames" in arrays)
     R, C = len(names), len(pairs)
     size = min(1.4, 6.0 / C)                                            # inches a panel
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size * C + 1.0, size * R + 0.75), layout="constrained")
-        panels = figure.subplots(R, C, squeeze=False, sharex=True, sharey=True)
+        # Two frames beside each other are half as high as a panel.
+        figure = Figure(figsize=(size * C + 1.0, size * (R + seen / 2) + 0.85),
+                        layout="constrained")
+        panels = figure.subplots(seen + R, C, squeeze=False, height_ratios=[0.5] * seen + [1] * R)
+        for c, pair in enumerate(pairs):
+            panels[0, c].set_title(_pair_title(arrays, pair))
+            if seen:
+                _draw_frames(panels[0, c], arrays["frames"][pair])
+                panels[0, 0].text(-0.05, 0.5, "context,\ngoal", ha="right", va="center",
+                                  transform=panels[0, 0].transAxes)
         for r, c in np.ndindex(R, C):
-            panel = panels[r, c]
+            panel = panels[seen + r, c]
             ticks, energy = _landscape(arrays, plane, r, pairs[c])
             # imshow draws cells around points, so the image ends half a spacing beyond the grid
             half = (ticks[1] - ticks[0]) / 2
             edges = (ticks[0] - half, ticks[-1] + half)
-            image = panel.imshow(energy.T, cmap=MAP, vmin=0, vmax=scale_end, origin="lower",
+            image = panel.imshow(energy.T, cmap=MAP, vmin=0, vmax=end, origin="lower",
                                  extent=edges * 2)
             lowest = np.unravel_index(energy.argmin(), energy.shape)
             panel.plot(*ticks[list(lowest)], **MINIMUM_MARKER, mec="white", clip_on=False)
@@ -132,21 +149,27 @@ def heat_maps(arrays, plane, pairs=None):
             if is_flat(arrays[f"energy_{plane}"][r, pairs[c]]):
                 panel.text(0.5, 0.04, "flat", transform=panel.transAxes, ha="center", va="bottom",
                            fontsize=6, bbox={"fc": "white", "ec": "none", "pad": 0.8})
-            if r == 0:
-                panel.set_title(_pair_title(arrays, pairs[c]))
+            panel.tick_params(labelleft=c == 0, labelbottom=r == R - 1)
             if c == 0:
                 # As many characters of 7 points as a panel is high.
                 panel.set_ylabel(f"{shortened(names[r], int(15 * size))}\nΔ{plane[1]} (cm)")
             if r == R - 1:
                 panel.set_xlabel(f"Δ{plane[0]} (cm)")
-        bar = figure.colorbar(image, ax=panels, shrink=min(1, 1.6 / R), aspect=14, pad=0.01,
+        bar = figure.colorbar(image, ax=panels[seen:], shrink=min(1, 1.6 / R), aspect=14, pad=0.01,
                               extend="max")
-        bar.set_label("energy above the panel's minimum")
+        bar.set_label(ABOVE)
         handles = [Line2D([], [], ls="", **TRUE_MARKER),
                    Line2D([], [], ls="", **MINIMUM_MARKER, mec="0.3")]
         figure.legend(handles, ["true action (arrow: outside the grid)", "minimum"],
                       loc="outside upper center", ncols=2)
     return figure
+
+
+def _draw_frames(panel, frames):
+    """Context and goal [2, height, width, 3] side by side."""
+    gap = np.full_like(frames[0, :, :max(1, frames.shape[2] // 16)], 255)
+    panel.imshow(np.concatenate([frames[0], gap, frames[1]], axis=1))
+    panel.set_axis_off()
 
 
 def _line(c):
@@ -155,9 +178,14 @@ def _line(c):
 
 
 def _pair_title(arrays, p):
-    """The pair's number in metrics.csv, and its episode."""
+    """The pair's number in metrics.csv, its episode and, if they are known, the recorded frames
+    that are its context and goal."""
     name = arrays["episodes"].tolist()[p].removesuffix("/trajectory.h5")
-    return f"pair {p}\n{shortened(name, 15)}"
+    lines = [f"pair {p}", shortened(name, 15)]
+    now, goal = arrays["frame_numbers"][p] if "frame_numbers" in arrays else (-1, -1)
+    if now >= 0:
+        lines.append(f"frame {now} → {goal}")
+    return "\n".join(lines)
 
 
 def _mark_true_action(panel, truth, edge):
@@ -174,49 +202,18 @@ def _mark_true_action(panel, truth, edge):
                bbox={"fc": "white", "ec": "none", "pad": 0.8, "alpha": 0.85})
 
 
-def surfaces(arrays, plane, pair=0):
-    """One landscape as a surface, a panel a checkpoint, with one scale of height and colour."""
-    names, scale_end = _names(arrays), _scale_end(arrays, plane, [pair])
-    truth = _true_position(arrays, plane, pair)
-    with matplotlib.rc_context(STYLE):
-        # constrained layout does not know the extent of 3-D axes
-        figure = Figure(figsize=(max(3.4, 2.3 * len(names)), 2.4))
-        panels = figure.subplots(1, len(names), squeeze=False, subplot_kw={"projection": "3d"})[0]
-        figure.subplots_adjust(left=0.02, right=0.96, bottom=0.08, top=0.86, wspace=0.08)
-        for c, panel in enumerate(panels):
-            ticks, energy = _landscape(arrays, plane, c, pair)
-            x, y = np.meshgrid(ticks, ticks, indexing="ij")
-            panel.plot_surface(x, y, energy, cmap=MAP, vmin=0, vmax=scale_end, rstride=1,
-                               cstride=1, linewidth=0.1, edgecolor="0.3")
-            if np.abs(truth).max() <= ticks[-1]:
-                panel.plot([truth[0]] * 2, [truth[1]] * 2, [0, scale_end], color=TRUE_COLOUR,
-                           lw=1.5, zorder=10)
-            panel.set(zlim=(0, scale_end))
-            flat = " (flat)" * is_flat(arrays[f"energy_{plane}"][c, pair])
-            panel.set_title(names[c] + flat, y=0.97)
-            panel.set_xlabel(f"Δ{plane[0]} (cm)", labelpad=-6)
-            panel.set_ylabel(f"Δ{plane[1]} (cm)", labelpad=-6)
-            panel.tick_params(pad=-3)
-            panel.zaxis.set_tick_params(pad=-1)
-            panel.view_init(elev=38, azim=-60)
-            panel.set_box_aspect(None, zoom=0.95)
-        figure.suptitle(f"pair {pair}: height is the energy above the minimum; the line stands "
-                        "at the true action", fontsize=7)
-    return figure
-
-
 def energy_over_distance(arrays):
-    """Mean energy above the minimum against the distance to the true action, over all pairs; a
-    panel for each two-axis plane, or for the space if there is none."""
+    """Energy above the minimum, in % of the mean, against the distance to the true action, as its
+    mean over all pairs; a panel for each two-axis plane, or for the space if there is none."""
     names = _names(arrays)
-    planes = _two_axis_planes(arrays) or arrays["planes"].tolist()[:1]
+    planes = two_axis_planes(arrays) or arrays["planes"].tolist()[:1]
     P = len(arrays["episodes"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 1.6 * len(planes), 2.3), layout="constrained")
         panels = figure.subplots(1, len(planes), squeeze=False, sharey=True)[0]
         for panel, plane in zip(panels, planes):
             for c, name in enumerate(names):
-                distance, mean, spread = _energy_by_distance(arrays, plane, c)
+                distance, mean, spread = energy_by_distance(arrays, plane, c)
                 colour = COLOURS[c % len(COLOURS)]
                 panel.plot(distance, mean, _line(c), ms=2.2, color=colour, label=name)
                 if P > 1:
@@ -224,25 +221,22 @@ def energy_over_distance(arrays):
                                        alpha=0.13, lw=0)
             panel.set(title=group_title(plane), xlim=(0, None), ylim=(0, None))
             _hide_frame(panel)
-        ylabel = "energy above the minimum"
-        if P > 1:
-            ylabel += "\n(mean ± std over pairs)"
+        ylabel = ABOVE + "\n(mean ± std over pairs)" * (P > 1)
         panels[0].set_ylabel(ylabel)
         figure.supxlabel("distance to the true action (cm)", fontsize=STYLE["font.size"])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-def _energy_by_distance(arrays, plane, c):
-    """Energy above the minimum by bins of the distance to the true action, for checkpoint c.
+def energy_by_distance(arrays, plane, c):
+    """`above_minimum` by bins of the distance to the true action, for checkpoint c.
     Returns the middles of the bins (cm), mean and standard deviation over pairs: [bins] each."""
     axes = [AXES.index(axis) for axis in plane]
     offsets = arrays[f"actions_{plane}"][..., axes] - arrays["true_actions"][:, None, axes]
     distance = 100 * np.linalg.norm(offsets, axis=-1)                   # [P, K] cm
     edges = np.linspace(0, distance.max(), N_BINS + 1)
     bins = np.digitize(distance, edges) - 1                             # [P, K]
-    energy = arrays[f"energy_{plane}"][c]
-    above = energy - energy.min(axis=1, keepdims=True)                  # [P, K]
+    above = above_minimum(arrays[f"energy_{plane}"][c])                 # [P, K]
     P = len(above)
     means = np.full((P, N_BINS), np.nan)
     for p, b in np.ndindex(P, N_BINS):
@@ -261,7 +255,7 @@ def over_steps(result):
     checkpoints = [c for c in result["checkpoints"].values() if c["training_step"] >= 0]
     checkpoints.sort(key=lambda checkpoint: checkpoint["training_step"])
     steps = [checkpoint["training_step"] for checkpoint in checkpoints]
-    shown = _main_metrics(checkpoints)
+    shown = main_metrics(checkpoints)
     with matplotlib.rc_context(STYLE):
         n_columns = min(4, len(shown))
         n_rows = -(-len(shown) // n_columns)
@@ -292,7 +286,7 @@ def over_steps(result):
     return figure
 
 
-def _main_metrics(checkpoints):
+def main_metrics(checkpoints):
     """(group, metric) of the panels of `over_steps`: those that a checkpoint has a value for."""
     groups = checkpoints[0]["numbers"]
     plane = next((group for group in groups if group in ("xy", "xz", "yz", "xyz")), "model")

@@ -33,6 +33,7 @@ def result(criterion, name, larger, max_steps, runs):
     better; runs: with `chosen`, `fault`, `validations` and `value(step)`, as sweep.Run."""
     found = []
     for run in runs:
+        # Steps and no times: a sweep that was killed is to end with the same file.
         steps = sorted(run.validations)
         state = "failed" if run.fault else "finished" if max_steps in steps else "stopped"
         found.append({"values": run.chosen, "folder": run.cfg.out_dir, "state": state,
@@ -115,6 +116,7 @@ def _edges(result, best):
     for key, text in best["values"].items():
         tried = [_number(run["values"][key]) for run in result["runs"]]
         here = _number(text)
+        # A seed has no order, and neither have names.
         if key == "seed" or None in tried or len(set(tried)) < 2:
             continue
         for extreme, word in ((min(tried), "smallest"), (max(tried), "largest")):
@@ -150,6 +152,7 @@ def draw(result, path):
 
 def _draw_curves(panel, result):
     name = result["name"]
+    # The best one last, above the others.
     for i, run in reversed(list(enumerate(result["runs"]))):
         points = [(one["step"], one[name]) for one in run["validations"] if name in one]
         if points:
@@ -168,6 +171,7 @@ def _draw_values(panel, result, key):
     name = result["name"]
     known = [{one["step"]: one[name] for one in run["validations"] if name in one}
              for run in result["runs"] if run["state"] != "failed"]
+    # Runs that were stopped are not to be compared with what others reached after that.
     common = set.intersection(*map(set, known)) - {0} if known else set()
     texts = list(dict.fromkeys(run["values"][key] for run in result["runs"]))
     numbers = [_number(text) for text in texts]

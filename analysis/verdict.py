@@ -179,7 +179,7 @@ def _changes(result, name):
     """(whether any change has an interval, [("better" or "worse", title, change)] of the rows of
     which nothing contradicts it)."""
     checkpoint, known, found = result["checkpoints"][name], False, []
-    for metric, kind, title in _rows(result):
+    for metric, kind, title in rows_of(result):
         group = _group(result, kind)
         change = checkpoint["change"].get(group, {}).get(metric)
         if change is None or change["low"] is None:
@@ -270,7 +270,7 @@ def _group(result, kind):
     return kind
 
 
-def _rows(result):
+def rows_of(result):
     return ROWS[:-1] + PROTOCOL_ROWS if result["setting"].get("protocol") else ROWS
 
 
@@ -282,7 +282,7 @@ def six_rows(result):
     titles, legend = shown_names(result), []
     if max(map(len, titles)) > BESIDE - 2:
         titles, legend = legend_of(titles)
-    rows = [_row(result, *row, names) for row in _rows(result)]
+    rows = [row_of(result, *row, names) for row in rows_of(result)]
     rows = [row for row in rows if row]
     controls = [max(6, *(len(row[i]) + 1 for row in rows)) for i in (1, 2)] if rows else [6, 6]
     width = max([BESIDE, *(len(text) + 1 for row in rows for cells in row[3:] for text in cells)])
@@ -308,7 +308,7 @@ def six_rows(result):
             "bound: real frames in place of predictions, with this encoder; " + "; ".join(where)]
 
 
-def _row(result, metric, kind, title, names):
+def row_of(result, metric, kind, title, names):
     """Title, chance, bound, and of each checkpoint the mean and its interval; None if nobody has
     one."""
     group = _group(result, kind)

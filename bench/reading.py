@@ -32,6 +32,7 @@ RATE = 22               # clips/s that an H100 takes from frames
 
 def make(folder, n_episodes=N_EPISODES, n_shards=N_SHARDS):
     """Writes records like droid_100's: 180 × 320 JPEGs of about 24 kB, three cameras, 15 Hz."""
+    # Few different pictures: to encode 90,000 would take an hour.
     tf, random = droid.tensorflow(), np.random.default_rng(0)
     pool, noise = [], random.normal(0, 1, (180 + POOL, 320, 3))
     y, x = np.mgrid[:180, :320]
@@ -57,6 +58,7 @@ def make(folder, n_episodes=N_EPISODES, n_shards=N_SHARDS):
 
 def rate(cfg, n=300):
     """Clips a second over n batches of cfg.batch_size, after the first; CPU time for each."""
+    # After the first batch: what a run does once is told apart.
     loader, first, batches, begin = start(cfg)
     began, cpu, n_bytes = time.monotonic(), time.process_time(), bytes_read()
     for _ in range(n):
@@ -89,6 +91,7 @@ def resume(cfg):
         next(batches)
     state, following = loader.state_dict(), next(batches)
     batches.close()
+    # Opening the data set is no part of a resume: a fresh run does it too.
     fresh = droid.create_dataloader(cfg)
     fresh.load_state_dict(state)
     began, n_bytes = time.monotonic(), bytes_read()

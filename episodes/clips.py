@@ -130,14 +130,16 @@ class Clips:
 
     def clips(self):
         """One pass over the clips of a loader without `shuffle`, one by one: as in a batch, without
-        B, and with the name of the `episode`."""
+        B, and with the name of the `episode`, its frame_step and the `start`, its first recorded
+        frame."""
         last = None
         with closing(self._decoded_clips(START)) as decoded:
-            for _, clip, episode, _ in decoded:
+            for _, clip, episode, start in decoded:
                 if episode is not last:
                     last, about = episode, about_episode(episode)
                 clip = {key: torch.as_tensor(value) for key, value in clip.items()}
-                yield clip | about | {"frame_step": (episode.data or self.data).frame_step}
+                step = (episode.data or self.data).frame_step
+                yield clip | about | {"frame_step": step, "start": start}
 
     def _batches(self):
         """Yields (batch, the state after it, names of its clips, {identity: record})."""

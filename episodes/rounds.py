@@ -69,6 +69,7 @@ class _Turns:
     def next(self, n_files):
         """The clips of the next episode that has any, of `n_files` files in turn, or None."""
         while True:
+            # A file that has ended gives its turn to the next one in order.
             while len(self.open) < n_files and self.file < len(self.files):
                 self.open.append((self.file, 0))
                 self.file += 1

@@ -12,6 +12,7 @@ import re
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from analysis.planners import (
 from episodes.identity import trained_with_shuffled_actions
 from episodes.pairs import choose_clips, seen_in_training
 from episodes.stored import all_finite, check_store
+from evaluation.described import described
 from evaluation.energies import (
     L1,
     L2,
@@ -61,6 +63,12 @@ VERSION = 2                 # of what is measured: results of another one are no
 def read_clips(cfg):
     """Validation clips to measure on: `episodes.pairs.choose_clips`."""
     return choose_clips(droid.validation_loaders(cfg), cfg)
+
+
+def _choose(cfg):
+    """cfg, its clips to measure on, and the loaders that they are of."""
+    loaders = droid.validation_loaders(cfg)
+    return cfg, choose_clips(loaders, cfg), loaders
 
 
 def choose_adapter(predictor, adapter, lora_config):
@@ -96,6 +104,7 @@ class PairSet:
     clips: list
     names: list             # of the checkpoints: the ends of their paths, with what to know of them
     settings: str           # fingerprint of everything that the results depend on
+    about: object           # gives the arrays for the report, of `evaluation.described`
     h: list = ()            # P x [T, N, D], once they are encoded
     arrays: dict | None = None
 
@@ -138,8 +147,7 @@ class Analysis:
         self.digests = [digest_of(adapter) for adapter in self.adapters]
         tqdm.write(f"{model.device_name(self.device)}, {self.precision}; base "
                    f"{cfg.model.checkpoint} ({self.base})")
-        self.sets = [self._pairs(*choice) for choice in
-                     choices or [(one, read_clips(one)) for one in both]]
+        self.sets = [self._pairs(*choice) for choice in choices or map(_choose, both)]
         if cfg.energy.also and not choices and self.sets[0].settings == self.sets[1].settings:
             raise ValueError(f"energy.also: {_in_words(cfg.energy.also)} gives the pairs of the "
                              "first data set again (.npz files have one camera); name another path")
@@ -199,13 +207,16 @@ class Analysis:
         folder = free_folder(Path(cfg.out_dir, "energy"), cfg.energy.name or name, self.sets[:1])
         return [folder, *(free_folder(folder, "also", [pairs]) for pairs in self.sets[1:])]
 
-    def _pairs(self, cfg, clips):
-        """A PairSet, without latents."""
+    def _pairs(self, cfg, clips, loaders=None):
+        """A PairSet, without latents. loaders: those of the clips, if the report is to tell of
+        them."""
         allowed = cfg.energy.allow_trained
         seen = seen_in_training(clips, self.adapters, allowed)              # [C, P]
         names = [f"{name} (trained on {row.sum()} of these {len(row)})" if row.any() else name
                  for name, row in zip(self.names, seen)]
-        return PairSet(cfg, clips, names, self._settings(cfg, clips))
+        # Not before it is needed: images of latents have to be looked for.
+        about = partial(described, cfg, clips, loaders, self.adapters) if loaders else dict
+        return PairSet(cfg, clips, names, self._settings(cfg, clips), about)
 
     def _encode(self, pairs):
         """Adds the latents to a PairSet, and the arrays that depend on them alone."""
@@ -214,7 +225,7 @@ class Analysis:
                    for clip in pairs.clips]                             # P x [T, N, D]
         for clip, x in zip(pairs.clips, pairs.h):
             _check_finite(all_finite(x), f"the latents of {clip['episode']}", self.precision)
-        pairs.arrays = pair_arrays(pairs.cfg, pairs.clips, pairs.h) | {
+        pairs.arrays = pair_arrays(pairs.cfg, pairs.clips, pairs.h) | pairs.about() | {
             "device": np.array(model.device_name(self.device)), "dtype": np.array(self.precision),
             "base": np.array(self.base), "settings": np.array(pairs.settings)}
         # For the words: the settings of a set are the same whether it stands alone or not.
@@ -280,6 +291,8 @@ class Analysis:
                     "update_norm": np.array(self.norms[:n]),
                     "is_control": np.array([is_control(x) for x in self.adapters[:n]], int),
                     "training_steps": np.array([_training_step(x) for x in pairs.names[:n]])}
+                if "run_of" in pairs.arrays:
+                    arrays["run_of"] = pairs.arrays["run_of"][:n]
                 write_npz(path, **arrays)
             bar.close()
         return arrays
@@ -420,6 +433,9 @@ def _finished(path, pairs):
             # Left behind by a kill between the last two steps.
             Path(path).with_name(UNFINISHED).unlink(missing_ok=True)
             tqdm.write(f"{path}: is finished and has these settings; nothing is computed anew")
+            if "command" not in arrays:                 # of an earlier version
+                arrays = pairs.about() | arrays
+                write_npz(path, **arrays)
             return arrays
     return None
 

@@ -138,6 +138,7 @@ def plan(cfg, image, pose, goal, adapter=BASELINE):
     ValueError and OSError."""
     # Before the networks, which take minutes to load.
     pose, images = read_pose(pose, cfg.data), [read_image(image), read_image(goal)]
+    # Whoever compares two cameras plans nonsense, which no number below would show.
     (h, w), (goal_h, goal_w) = (one.shape[:2] for one in images)
     if abs(w / h - goal_w / goal_h) > 0.02 * w / h:
         raise ValueError(f"{image} has {h} × {w} pixels and {goal} {goal_h} × {goal_w}: other "

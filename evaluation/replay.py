@@ -74,7 +74,9 @@ def replay(planner, frames, poses):
         now = visited[-1]
         action = planner.plan(h(now), poses[now], h(goal)).actions[0]
         to = apply_action(poses[now], action)[:3]
+        # By position alone: cem plans no rotation, and a gripper's opening is in other units.
         visited.append(int(np.linalg.norm(poses[:, :3] - to, axis=1).argmin()))
+        # The planner draws the same samples each time: from there it would go the same way.
         if visited[-1] in visited[:-1]:
             break
     return visited

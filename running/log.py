@@ -76,7 +76,7 @@ class Logger:
 
     def print_header(self, cfg, device, world, n_adapted, start, end, world_size):
         """What runs where, in three lines."""
-        self.print(f"commit {_commit()}, torch {torch.__version__}, {world_size} x "
+        self.print(f"commit {commit()}, torch {torch.__version__}, {world_size} x "
                    f"{model.device_name(device)}, {cfg.precision}")
         n_total = sum(p.numel() for p in world.parameters())
         n_trainable = sum(p.numel() for p in world.parameters() if p.requires_grad)
@@ -148,7 +148,7 @@ def _short(value):
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _commit():
+def commit():
     """The commit of this checkout, for the log."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

@@ -306,8 +306,7 @@ def test_every_figure_is_drawn_with_one_scale(truth, tmp_path):
     truth[0] = [0.15, 0.02, 0]                              # outside the grid
     arrays = bowls([turned(truth), truth, truth], truth)
     paths = figures.write(tmp_path, arrays, compare.compare(arrays))
-    assert set(paths) == {"landscapes_xy", "landscapes_xz", "surface_xy", "distance",
-                          "over_steps", "horizon"}
+    assert set(paths) == {"landscapes_xy", "landscapes_xz", "distance", "over_steps", "horizon"}
     for path in paths.values():
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 20_000
     figure = figures.heat_maps(arrays, "xy")
@@ -331,4 +330,4 @@ def test_every_figure_is_drawn_with_one_scale(truth, tmp_path):
 def test_one_pair_and_a_constant_landscape_have_all_figures_too(truth, tmp_path):
     arrays = bowls([truth[:1], truth[:1]], truth[:1])
     arrays["energy_xy"][:] = 0.7
-    assert len(figures.write(tmp_path, arrays, compare.compare(arrays))) == 6
+    assert len(figures.write(tmp_path, arrays, compare.compare(arrays))) == 5

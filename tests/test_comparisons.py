@@ -90,7 +90,8 @@ def test_the_same_call_again_finds_itself_done_without_a_network(call, tmp_path,
     first = call()
     path = tmp_path / "energy/step_10/landscapes.npz"
     written = path.read_bytes()
-    assert sorted(os.listdir(path.parent)) == ["comparison.json", "landscapes.npz", "metrics.csv"]
+    assert sorted(os.listdir(path.parent)) == ["comparison.json", "landscapes.npz", "metrics.csv",
+                                               "report.html"]
     (path.parent / "unfinished.npz").write_bytes(b"left behind by a kill at the very end")
     monkeypatch.setattr(model, "load", None)
     again = call()

@@ -333,7 +333,7 @@ def test_the_command_line_and_again_without_a_model(base, analysed, tmp_path, ca
     written = tmp_path / "run/energy/step_0+step_20"
     assert {path.name for path in written.iterdir()} == {
         "landscapes.npz", "metrics.csv", "comparison.json", "landscapes_xy.png",
-        "landscapes_xz.png", "surface_xy.png", "distance.png", "over_steps.png", "horizon.png"}
+        "landscapes_xz.png", "distance.png", "over_steps.png", "horizon.png", "report.html"}
     first = json.loads((written / "comparison.json").read_text())
     for group in first["checkpoints"]["step_0"]["change"].values():
         assert all(cell["mean"] in (0, None) for name, cell in group.items() if name != "seconds")

@@ -236,8 +236,8 @@ def test_the_sources_are_those_that_the_notebook_imports():
     assert {str(path.relative_to(PROJECT)) for path in PROJECT.glob("fast/*.py")} <= set(names)
     assert not {"train.py", "toy.py", "conftest.py", "test_smoke.py"} & set(names)
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders - {"fast"} == {"analysis", "episodes", "evaluation", "files", "running",
-                                 "settings", "vjepa2_src"}
+    assert folders - {"fast"} == {"analysis", "docs", "episodes", "evaluation", "files", "report",
+                                 "running", "settings", "vjepa2_src"}
     assert names == sorted(set(names))
 
 
@@ -352,7 +352,7 @@ def test_the_notebook_runs_from_the_package_alone(base, package, tmp_path):
     text = "".join("".join(output.get("text", "")) for output in outputs)
     assert "steps [0, 2, 4], 3 trajectories" in text and "3 pairs of 3 episodes" in text
     assert "Δx–Δy" in text and "change against baseline" in text and "largest difference 0" in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     names = zipfile.ZipFile(tmp_path / "results.zip").namelist()
     assert {"results/landscapes.npz", "results/comparison.json", "results/metrics.csv",
             "results/landscapes_xy.png"} <= set(names)

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Bottom to top: files and folders. A module imports from floors below its own and from its own
 # folder, so that whoever reads upwards from the bottom has seen everything a file builds on.
-FLOORS = ["files", "settings", "config", "vjepa2_src", "lora", "model", "analysis", "episodes",
-          "running", "droid", "fast", "latents", "checkpoint", "evaluation", "energy", "train", "sweep",
-          "export", "tabletop", "toy", "bench", "tests"]
+FLOORS = ["files", "settings", "config", "vjepa2_src", "lora", "model", "analysis", "report",
+          "episodes", "running", "droid", "fast", "latents", "checkpoint", "evaluation", "energy",
+          "train", "decoder", "sweep", "export", "tabletop", "toy", "bench", "tests"]
 USES_FAST = {"fast", "toy", "bench", "tests"}                   # floors
 # inside functions
 USES_FAST_WHEN_ASKED = {"train.py", "latents.py", "evaluation/analysis.py", "evaluation/plan.py"}

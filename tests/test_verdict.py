@@ -300,7 +300,7 @@ def test_figures_of_many_checkpoints_other_planners_and_long_names(folder=None):
     arrays["checkpoints"] = np.array(names)
     result = compare.compare(arrays)
     drawn = dict(figures.all_figures(arrays, result))
-    assert set(drawn) == {"landscapes_xy", "surface_xy", "distance", "over_steps", "horizon"}
+    assert set(drawn) == {"landscapes_xy", "distance", "over_steps", "horizon"}
     titles = [panel.get_title() for panel in drawn["over_steps"].axes]
     assert any("MPPI, 3 steps" in title for title in titles)
     assert any("CEM of jepa-wms, 3 steps" in title for title in titles)
