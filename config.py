@@ -20,6 +20,7 @@ import yaml
 from files import write_file
 from files.reading import shown
 from files.text import TYPES, expand_home, parse_yaml, read_yaml, to_list
+from settings.decoder import DecoderConfig
 from settings.limits import CHOICES, check_ranges, check_together  # noqa: F401
 
 
@@ -145,6 +146,7 @@ class Config:
     val_every: int = 500
     val_batches: int = 16
     val_landscapes: int = 4
+    val_decoder: str = ""
     best: str = "val_l1"
     save_every: int = 1000
     keep: int = 5
@@ -163,6 +165,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     given = None                                # see `load`; no field, so that it is not saved
 
 
@@ -171,7 +174,8 @@ class Config:
 DEBUG = dict(max_steps=3, batch_size=1, grad_accum=2, warmup_steps=1, decay_steps=1, log_every=1,
              val_every=3, val_batches=1, save_every=3)
 
-PATHS = ("out_dir", "init", "model.checkpoint", "data.path", "data.latents", "data.cache")
+PATHS = ("out_dir", "init", "val_decoder", "model.checkpoint", "data.path", "data.latents",
+         "data.cache", "decoder.out_dir")
 # One or several of them. A data set in data.path can have values of its own: see `data_sets`.
 LISTS = ("data.path", "data.camera", "data.latents")
 OF_A_DATA_SET = ("path", "camera", "crop", "frame_step", "step_seconds", "fps", "only_success",
@@ -251,7 +255,7 @@ def _update(cfg, values, where, given, section=""):
 
 def _hint(name, section, known):
     """What may have been meant by an unknown key."""
-    names = list(flat(Config()))
+    names = [name for name in flat(Config()) if not name.startswith("decoder.")]
     names += {other.rpartition(".")[0] for other in names} - {""}
     key = name.split(".")[-1]
     close = [other for other in names if key and other.split(".")[-1].startswith(key)][:3]

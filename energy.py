@@ -2,6 +2,7 @@
 
     python energy.py runs/droid --steps=5000,20000                  # with that run's settings
     python energy.py --from=runs/droid/energy/step_5000/landscapes.npz      # tables, figures again
+    python energy.py runs/droid --decoder=runs/decoder      # also what they imagine, in pixels
     python energy.py check vjepa2-ac-vitg.pt            # are these weights what they should be?
     python energy.py probe config.yaml --over=data.crop=center,droid,none   # which images they know
     python energy.py plan runs/droid --image=now.png --pose="[0.4,0,0.3,3.14,0,0,0]" --goal=goal.png
@@ -34,10 +35,11 @@ if __name__ == "__main__":
 
 import evaluation.check
 import evaluation.probe
-from analysis import compare, figures, verdict
+from analysis import compare, figures, strips, verdict
 from analysis.arrays import check
 from analysis.measures import metrics  # noqa: F401
 from analysis.planners import cem, cem_jepa_wms, gradient_plan, mppi  # noqa: F401
+from evaluation import imagination
 from evaluation.analysis import (  # noqa: F401
     BASELINE,
     Analysis,
@@ -122,11 +124,17 @@ def _run(given):
         print(evaluation.probe.probe(given.cfg, given.combinations, given.adapters, given.all))
     else:
         analysis = Analysis(given.cfg, given.adapters)
+        # Before the landscapes, which may take hours: it may be of another encoder.
+        decode = imagination.decoder_for(analysis, given.decoder) if given.decoder else None
         folders = analysis.folders(given.cfg)
         with Lock(folders[0]):
             paths = [folder / "landscapes.npz" for folder in folders]
             arrays = list(analysis.measure(paths))
+            if decode:              # first, as the report shows its strips
+                imagined = imagination.show(analysis, decode, folders[0] / strips.FOLDER)
             show(folders[0], arrays[0], given.all, *zip(folders[1:], arrays[1:]))
+            if decode:
+                print(f"\n{imagined}")
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -138,12 +138,15 @@ def run(cfg, device, run_folder, mirror, picked="", load=model.load):
         logger.print(line)
     watch = Watch(cfg, world, out, device, partial(checkpoint.newest_step, out), logger.print)
     earlier = ranks.gather_from_ranks(validations(out / "metrics.jsonl", start))[0]
-    validation, best = Validation(cfg, val_batches, autocast, device, earlier), Best(cfg, earlier)
+    validation = Validation(cfg, val_batches, autocast, device, earlier,
+                            predictor.encoder_fingerprint)
+    best = Best(cfg, earlier)
     restore_best(run_folder, best)
 
     def validate(step, gradients):
         values = watch.validated(step, validation.measure(world))
         logger.log(step, line=validation.line(values), **values, **gradients)
+        logger.pictures(step, validation.pictures(world))
         for line in validation.warnings(values):
             logger.print(line)
         if best.is_better(step, values):

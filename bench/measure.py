@@ -11,14 +11,17 @@
     python -m bench.measure profile --device=cuda --batch_size=8
     # all of energy.py: 16 pairs, two adapters, within 15 GiB
     python -m bench.measure analysis --memory=15 --precision=fp16
+    # decoder.py: a step of 32 frames, and a decoded frame
+    python -m bench.measure decoder --device=cuda
 
 Run it from the repository's root. Keys of config.yaml apply; each command prints one line of JSON.
 load and slim write the file unless it is there, do their work in a fresh process, and give seconds,
 the size of the file and the peak of anonymous memory, which the system cannot take back (pages of
-the mapped file it can). analysis writes random images and adapters into runs/bench.
+the mapped file it can). analysis and decoder write random images and adapters into runs/bench.
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -40,9 +43,13 @@ from torch.profiler import ProfilerActivity
 
 import energy
 import export
+import latents
 import lora
 import model
 from bench.speed import OUT, TrainingStep, load_config
+from decoder import train as train_decoder
+from episodes.stored import read_store
+from evaluation.decoding import load_decoder
 from fast.memory import GIB
 
 
@@ -214,8 +221,44 @@ def write_adapters(cfg, device, folders):
         lora.save(folder, predictor)
 
 
+def decoder(cfg, n_episodes=8, n_frames=48, steps=60):
+    """Milliseconds of a training step and of a decoded frame, peak GiB, parameters and megabytes,
+    on latents of random images."""
+    out = OUT / "decoder"
+    for folder in (OUT / "latents", out):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_episodes(OUT / "npz", n_episodes, n_frames)
+    cfg = replace(cfg, model=replace(cfg.model, checkpoint="random"), val_every=0, log_every=10,
+                  save_every=steps, decoder=replace(cfg.decoder, out_dir=str(out), max_steps=steps),
+                  data=replace(cfg.data, path=str(OUT / "npz"), latents=str(OUT / "latents"),
+                               val_fraction=0.0, frame_step=1, check=False))
+    latents.encode(cfg)
+    device = model.resolve_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    file = train_decoder(cfg)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # The first ten warm up.
+    found = {"ms_a_step": float(np.median([line["ms"] for line in lines[1:]])),
+             "ms_data": float(np.median([line["ms_data"] for line in lines[1:]]))}
+    if device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    decode = load_decoder(file, read_store(OUT / "latents")["encoder"], device)
+    sizes = decode.network.sizes
+    h = torch.randn(64, sizes["tokens"], sizes["latent_dim"], device=device)
+    seconds = []
+    for _ in range(6):
+        started = time.monotonic()
+        decode(h)                                       # ends on the CPU: nothing is left to do
+        seconds.append(time.monotonic() - started)
+    return found | {"ms_a_frame": 1e3 * float(np.median(seconds[1:])) / len(h),
+                    "parameters": sum(p.numel() for p in decode.network.parameters()),
+                    "MB": file.stat().st_size / 1e6}
+
+
 FILE_COMMANDS = {"load": load, "slim": slim}
-COMMANDS = {"precision": precision, "profile": profile, "analysis": analysis}
+COMMANDS = {"precision": precision, "profile": profile, "analysis": analysis, "decoder": decoder}
 
 
 def main(args):

@@ -16,6 +16,7 @@ from episodes import plausible
 from episodes.collate import collate, pinned
 from episodes.identity import about_episode, of_episode, record
 from episodes.prefetch import in_order, prefetch
+from episodes.retry import ConnectionLost, waiting_for_data
 from episodes.rounds import (
     Place,
     ReadAhead,
@@ -25,13 +26,7 @@ from episodes.rounds import (
     spread_over_episodes,
     with_others_poses,
 )
-from episodes.source import (
-    ConnectionLost,
-    DamagedEpisode,
-    Episode,
-    episodes_from,
-    waiting_for_data,
-)
+from episodes.source import DamagedEpisode, Episode, episodes_from
 from episodes.tally import OTHER, Tally
 from episodes.windows import clip_span, clip_states_actions, drawn, in_split, usable_starts
 

@@ -132,7 +132,7 @@ class Analysis:
         elif cfg.energy.also:
             both.append(replace(cfg, data=config.second_data_set(cfg.data, cfg.energy.also)))
         self.from_latents = all(one.data.latents for one in both)
-        self.base, encoder_fingerprint = self._fingerprints()
+        self.base, encoder_fingerprint = self.fingerprints()
         for one in both:
             if one.data.latents:
                 check_store(one, encoder_fingerprint)
@@ -152,7 +152,7 @@ class Analysis:
             raise ValueError(f"energy.also: {_in_words(cfg.energy.also)} gives the pairs of the "
                              "first data set again (.npz files have one camera); name another path")
 
-    def _fingerprints(self):
+    def fingerprints(self):
         """Those of the base model and of its encoder."""
         of_base = self.cfg.model
         if of_base.checkpoint == "random":          # in no file: made here, and kept
@@ -170,7 +170,7 @@ class Analysis:
             self.cfg.model.checkpoint, self.cfg.model.size, model.DTYPES[self.precision],
             self.device, encoder=not self.from_latents)
 
-    def _load(self, sets):
+    def load(self, sets):
         """Loads the networks, tells how large each adapter is, and encodes the frames of some of
         `sets`; then the encoder's memory is free again. Raises ValueError."""
         # One base model serves all sets: it takes minutes to load and most of the memory.
@@ -253,7 +253,7 @@ class Analysis:
         done = [_finished(path, pairs) for pairs, path in zip(self.sets, paths)]
         left = [pairs for pairs, arrays in zip(self.sets, done) if arrays is None]
         if left:
-            self._load(left)
+            self.load(left)
         for pairs, path, arrays in zip(self.sets, paths, done):
             yield self._measure(pairs, Path(path)) if arrays is None else arrays
 

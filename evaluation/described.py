@@ -38,7 +38,7 @@ def described(cfg, clips, loaders, adapters):
         found["frame_numbers"] = np.array([[clip["start"] + n * clip["frame_step"]
                                             for n in (now, goal)] for clip in clips])
     if "frames" not in clips[0]:
-        frames = _frames_of_latents(cfg, clips)
+        frames = frames_of_latents(cfg, clips)
         if frames:
             found["frames"] = np.stack([f[:, [now, goal]].permute(1, 2, 3, 0).numpy()
                                         for f in frames])
@@ -71,7 +71,7 @@ def _command(cfg, adapters):
     return [word if len(word) < LONGEST_TEXT else f"{word.partition('=')[0]}=…" for word in words]
 
 
-def _frames_of_latents(cfg, clips):
+def frames_of_latents(cfg, clips):
     """Frames [3, T, S, S] of each clip of stored latents, from what these were made from if that is
     on this machine; [] if not."""
     wanted = {}

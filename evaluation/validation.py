@@ -31,6 +31,7 @@ import torch
 import lora
 from analysis import measures
 from episodes.pairs import true_action
+from evaluation.decoding import load_decoder
 from evaluation.energies import L1, grid, landscapes, roll_out, shell, uncompiled
 from running import ranks
 
@@ -38,6 +39,7 @@ from running import ranks
 HORIZONS = (1, 2, 4, 8)     # frames ahead that are logged
 POINTS = 11                 # of the grid in x and y, on each axis
 N_SHELL = 32                # actions as long as the true one
+N_SHOWN = 2                 # clips of which there are pictures
 # L1 with shuffled / own actions below which actions hardly matter. A warning comes earlier than the
 # verdict of energy.py (compare.IGNORED), which has intervals.
 IGNORED = 1.01
@@ -80,15 +82,20 @@ def evaluate(world, batches, cfg, autocast, device, also=None):
 class Validation:
     """See above. All ranks make one and measure together; each rank has clips of its own."""
 
-    def __init__(self, cfg, batches, autocast, device, earlier=()):
+    def __init__(self, cfg, batches, autocast, device, earlier=(), encoder=""):
         """batches: {data set: list of batches} of this rank. earlier: validations of the run that
-        is resumed, as dicts."""
+        is resumed, as dicts. encoder: its fingerprint, for cfg.val_decoder. Raises ValueError for a
+        decoder of another encoder."""
         self.cfg, self.batches, self.autocast, self.device = cfg, batches, autocast, device
+        if cfg.val_decoder:
+            self.decode = load_decoder(cfg.val_decoder, encoder, device)
         clips = [{key: value[i] for key, value in batch.items()}
                  for some in batches.values() for batch in some
                  for i in range(len(batch["actions"]))]
         # Of all ranks in one order, so that the numbers do not depend on how many there are.
         own = [(clip["actions"].cpu(), _moved(clip["states"])) for clip in clips]
+        # The first ones are of different episodes.
+        self.shown = clips[:N_SHOWN] if cfg.val_decoder and ranks.rank() == 0 else []
         of_ranks = ranks.gather_from_ranks(own)
         order = sorted((i, rank) for rank, of_rank in enumerate(of_ranks)
                        for i in range(len(of_rank)))
@@ -182,6 +189,22 @@ class Validation:
         sides = measures.shell(sphere[:, :3], on_shell, truth[:3], energies[-1])
         return out | {"val_percentile": found["rank"], "val_spearman": found["spearman"],
                       "val_shell_percentile": sides["shell_percentile"]}
+
+    @torch.no_grad()
+    def pictures(self, world):
+        """{name: [T, S, 2·S, 3] uint8} of some clips as they move: the decoded truth on the left,
+        on the right what the model imagines from the first frame on, with the true actions. {} on
+        other ranks than 0, and without a decoder."""
+        found = {}
+        world.eval()
+        with uncompiled(world), self.autocast:
+            for i, clip in enumerate(map(self._on_device, self.shown)):
+                h = clip["h"].float() if "h" in clip else world.encode(clip["frames"])
+                z = roll_out(world, h, clip["actions"], clip["states"])         # [1, T-1, N, D]
+                imagined = self.decode(torch.cat([h[:, :1], z], dim=1)[0])
+                found[f"imagined_{i}"] = torch.cat([self.decode(h[0]), imagined], dim=2).numpy()
+        world.train()
+        return found
 
     # In words
 

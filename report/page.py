@@ -18,6 +18,7 @@ from PIL import Image
 from analysis import figures
 from analysis.compare import group_title
 from analysis.measures import describe
+from analysis.strips import FOLDER
 from analysis.table import shown_names
 from analysis.verdict import verdict
 from files import write_file
@@ -30,13 +31,13 @@ from report.text import html
 HERE = Path(__file__).parent
 # What a reader must see before anything else in a sentence of the verdict.
 BAD = re.compile(r"IGNORES|NOT SHOWN|FLAT|WORSE|TOO LITTLE|WARNING")
-# Of strips/: bytes of a file that is read, of all images in the page, and pixels of their width.
+# Of strips: bytes of a file that is read, of all images in the page, and pixels of their width.
 FILE_LIMIT, STRIPS_LIMIT, STRIP_WIDTH = 64 << 20, 6 << 20, 1600
 
 
 def write(folder, arrays, result, also=None):
     """Writes folder/report.html. result: of compare.compare; also: that of the same checkpoints on
-    a second data set. Images in folder/strips are put in too. Raises OSError."""
+    a second data set. Strips of what was imagined are put in too. Raises OSError."""
     folder = Path(folder)
     text = page(arrays, result, also, title=folder.resolve().name, strips=strips(folder),
                 curves=logs.of_folder(arrays, folder))
@@ -191,9 +192,9 @@ def _settings(arrays):
 
 
 def strips(folder):
-    """The PNG files in folder/strips as HTML, "" if there are none."""
+    """The PNG files of analysis/strips.py as HTML, "" if there are none."""
     parts, size, left_out = [], 0, []
-    for path in sorted((folder / "strips").glob("*.png"), key=lambda path: [
+    for path in sorted((folder / FOLDER).glob("*.png"), key=lambda path: [
             int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]):
         try:
             kind, data = _smaller(read_bytes(path, FILE_LIMIT))
@@ -209,7 +210,7 @@ def strips(folder):
         parts.append(f'<figure><img alt="{title}" src="{source}"><figcaption>{title}</figcaption>'
                      "</figure>")
     if left_out:
-        parts.append(f"<p>Not shown here, but in strips/: {html(', '.join(left_out))}</p>")
+        parts.append(f"<p>Not shown here, but in {FOLDER}/: {html(', '.join(left_out))}</p>")
     if not parts:
         return ""
     return f'<section id="strips"><h2>What the models imagine</h2>{"".join(parts)}</section>'

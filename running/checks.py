@@ -34,6 +34,8 @@ def check_training(cfg):
     check_sources(values)
     if values["init"] and not goes_on:
         check_adapter(values["init"])
+    if values["val_decoder"]:
+        decoder_in(values["val_decoder"])
     check_target(cfg.out_dir, folder=True)
     a_run = cfg.resume or (own.with_name("metrics.jsonl").exists() or steps)
     if own.is_file() and (own.with_name("config.py").exists() or not a_run):
@@ -160,6 +162,15 @@ def check_adapter(folder):
     if steps:
         raise ValueError(f"{folder}: a run, not one of its steps: {folder}/step_{steps[-1]} is "
                          "the newest")
+
+
+def decoder_in(path):
+    """The file of a decoder: `path` itself, or the one in a folder. Raises ValueError."""
+    file = Path(path, "decoder.safetensors") if os.path.isdir(path) else Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; python decoder.py config.yaml --data.latents=… "
+                         "writes a decoder")
+    return str(file)
 
 
 def check_target(path, folder=False, new=False, sources=()):

@@ -27,20 +27,29 @@ from running.arguments import (
     step_folders,
 )
 from running.best import STEP_BEST, about_best
-from running.checks import check_adapter, check_base, check_sources, check_target, check_training
+from running.checks import (
+    check_adapter,
+    check_base,
+    check_packages,
+    check_sources,
+    check_target,
+    check_training,
+)
 
 
 HELP = ("-h", "--help", "help", "-help", "--h", "-?", "/?")
 
 # Options besides the keys of config.yaml, and what they mean.
 OPTIONS = {
-    "train.py": {}, "latents.py": {}, "toy.py": {},
+    "train.py": {}, "latents.py": {}, "decoder.py": {}, "toy.py": {},
     "droid.py": {"out": "inspect: folder for inspect.json and inspect.png (default inspect/NAME, "
                         "after the data)"},
     "energy.py": {
         "steps": "of the run folder, as in --steps=50,200; if neither these nor --adapters are "
                  "given, its milestones and the newest one",
         "adapters": "folders of adapters, as in --adapters=runs/x/step_50,other",
+        "decoder": "a folder that decoder.py wrote: what the checkpoints imagine, in pixels: "
+                   "strips, videos, PSNR and SSIM, in NAME/imagination",
         "from": "landscapes.npz: metrics and figures again, from the energies in it",
         "over": "probe: a key and its values, as in --over=data.frame_step=4,8,15; several --over "
                 "make all combinations",
@@ -126,13 +135,13 @@ def is_io_error(error):
 
 
 def parse(script, doc, args):
-    """What a script is to do: a Config (train.py, latents.py), or what `split` returns (energy.py
-    and export.py with more, see below).
+    """What a script is to do: a Config (train.py, latents.py, decoder.py), or what `split` returns
+    (energy.py and export.py with more, see below).
 
     Prints help and ends the process if it is asked for, or if there are no arguments where some
     are needed. Raises ValueError as `config.load`, and for paths that are not there."""
-    needs_some = script in ("train.py", "latents.py", "energy.py", "droid.py", "sweep.py",
-                            "bench.measure")
+    needs_some = script in ("train.py", "latents.py", "decoder.py", "energy.py", "droid.py",
+                            "sweep.py", "bench.measure")
     if set(args) & set(HELP) or needs_some and not args:
         text = help_text(script, doc)
         encoding = sys.stdout.encoding or "utf-8"
@@ -142,8 +151,9 @@ def parse(script, doc, args):
     given = split(args, OPTIONS[script], keys)
     if script in WITHOUT_KEYS and given.paths + given.keys:
         raise ValueError(f"{(given.paths + given.keys)[0]}: {script} takes no such argument")
-    functions = {"train.py": _train, "latents.py": _latents, "energy.py": energy_line.parse,
-                 "export.py": _export, "droid.py": _droid, "sweep.py": sweep_line.parse}
+    functions = {"train.py": _train, "latents.py": _latents, "decoder.py": _decoder,
+                 "energy.py": energy_line.parse, "export.py": _export, "droid.py": _droid,
+                 "sweep.py": sweep_line.parse}
     return functions[script](given) if script in functions else given
 
 
@@ -211,6 +221,21 @@ def _latents(given):
     for data in config.data_sets(cfg.data):
         if data.latents:
             check_target(data.latents, folder=True)
+    return cfg
+
+
+def _decoder(given):
+    cfg = load(given)
+    at_top, own = cfg.given.get("out_dir"), cfg.given.get("decoder.out_dir")
+    out = cfg.out_dir if at_top == config.COMMAND_LINE != own else cfg.decoder.out_dir
+    goes_on = cfg.resume and Path(out, "config.yaml").is_file()
+    if not cfg.data.latents and not goes_on:
+        raise ValueError("a decoder is trained on stored latents: store them with python latents.py"
+                         " config.yaml, then give --data.latents=FOLDER")
+    # The frames lie where those of the latents did; the base model is not needed.
+    check_sources(config.flat(cfg) | {"model.checkpoint": "random", "data.path": ()})
+    check_packages(config.flat(cfg) | {"optimizer": "adamw"})
+    check_target(out, folder=True)
     return cfg
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import config
 from files.text import expand_home
 from running.arguments import choices, load, main_steps, names_step, step_folders
-from running.checks import check_adapter, check_base, check_sources, check_target
+from running.checks import check_adapter, check_base, check_sources, check_target, decoder_in
 
 
 # What probe can vary of section energy; of data, what each data set can have of its own.
@@ -25,15 +25,19 @@ PLAN = ('python energy.py plan RUN --image=now.png --pose="[x,y,z,roll,pitch,yaw
 
 
 def parse(given):
-    """Adds `command` ("", check, probe or plan), and `source`, or `cfg`, `adapters` and what to say
-    about their choice, `note`."""
+    """Adds `command` ("", check, probe or plan), and `source`, or `cfg`, `adapters`, what to say
+    about their choice, `note`, and `decoder`, a file or ""."""
     options, given.source, given.adapters = given.options, "", []
-    given.command, given.all = "", "all" in options
+    given.command, given.all, given.decoder = "", "all" in options, ""
     if given.paths[:1] in (["check"], ["probe"], ["plan"]) and not os.path.exists(given.paths[0]):
         given.command, *given.paths = given.paths
+    if "adapter" in options and given.command != "plan":
+        raise ValueError("unknown option --adapter; did you mean --adapters?")
     for name, command in OF_A_COMMAND.items():
         if name in options and given.command != command:
             raise ValueError(f"--{name} applies to energy.py {command}")
+    if "decoder" in options and given.command:
+        raise ValueError(f"--decoder does not apply to energy.py {given.command}")
     if given.command == "plan":
         _plan(given)
     if given.command == "check":
@@ -47,6 +51,8 @@ def parse(given):
             raise ValueError(f"--from does not apply to energy.py {given.command}")
         given.source = _landscapes(expand_home(options["from"]))
         return given
+    if "decoder" in options:
+        given.decoder = decoder_in(expand_home(options["decoder"]))
     given.cfg = cfg = load(given)
     given.debug, given.note = cfg.debug, ""
     runs = [path for path in given.paths if os.path.isdir(path)]

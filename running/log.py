@@ -1,4 +1,5 @@
 """A run's logs: metrics.jsonl, the terminal, TensorBoard, W&B; and the time that steps take."""
+import io
 import json
 import subprocess
 import sys
@@ -7,12 +8,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import model
 from files import free_name, write_file
 from running import hang
+
+
+PICTURES_A_SECOND = 2       # of a video
 
 
 class Logger:
@@ -109,6 +115,25 @@ class Logger:
             self.tensorboard.flush()
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def pictures(self, step, clips):
+        """Clips {name: [T, H, W, 3] uint8}: as a strip in the folder pictures/ and in TensorBoard,
+        as a video in W&B."""
+        for name, frames in clips.items():
+            strip, data = np.concatenate(frames, axis=1), io.BytesIO()
+            Image.fromarray(strip).save(data, "png")
+            try:
+                folder = self.path.parent / "pictures"
+                folder.mkdir(exist_ok=True)
+                write_file(folder / f"step_{step}_{name}.png", data.getvalue())
+            except OSError as error:
+                self.print(f"{name}: no picture of step {step} was written: {error.strerror}")
+            if self.tensorboard:
+                self.tensorboard.add_image(name, strip, step, dataformats="HWC")
+            if self.wandb:
+                import wandb
+                video = wandb.Video(frames.transpose(0, 3, 1, 2), fps=PICTURES_A_SECOND)
+                self.wandb.log({name: video}, step=step)
 
     def close(self):
         self.bar.close()

@@ -19,23 +19,23 @@ MAY_CHANGE = {
     "grad_clip", "log_every", "val_every", "val_batches", "val_landscapes", "best",
     "save_every", "keep", "milestones",
     "activation_checkpointing", "compile", "gcs_dir", "gcs_minutes", "tensorboard",
-    "wandb", "dist_timeout_minutes", "data.retry_minutes", "data.max_bad_share",
+    "val_decoder", "wandb", "dist_timeout_minutes", "data.retry_minutes", "data.max_bad_share",
     "data.read_ahead_mb", "data.cache", "data.cache_gb",
     # The base is known by its fingerprint, wherever its file lies: lora.load compares it.
     "model.checkpoint",
     # Compared as clips a step.
     "batch_size", "grad_accum"}
 # Neither trained with nor to be found in a checkpoint, so that equal runs have equal bytes.
-NOT_KEPT = ON_EACH_START | {"gcs_dir", "gcs_minutes", "tensorboard", "wandb",
+NOT_KEPT = ON_EACH_START | {"gcs_dir", "gcs_minutes", "tensorboard", "val_decoder", "wandb",
                             "dist_timeout_minutes", "data.retry_minutes", "data.read_ahead_mb",
                             "data.cache", "data.cache_gb"}
 OF_THE_SCHEDULE = {"max_steps", "schedule", "lr", "min_lr", "warmup_steps", "decay_steps"}
 
 
 def flat(cfg):
-    """{dotted name: value} of a Config, without its energy section, which no training reads."""
+    """{dotted name: value} of a Config, without the sections that train.py does not read."""
     return {name: value for name, value in config.flat(cfg).items()
-            if not name.startswith("energy.")}
+            if not name.startswith(("energy.", "decoder."))}
 
 
 def kept(cfg):

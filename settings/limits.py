@@ -32,9 +32,12 @@ AT_LEAST = {
     "energy.radius": 1e-3, "energy.grid": 5, "energy.horizon": 1,
     "energy.cem_samples": 2, "energy.cem_iterations": 1, "energy.cem_elites": 2,
     "energy.context": 1, "loss.teacher_forcing": 0, "loss.rollout": 0, "val_landscapes": 0,
+    "decoder.width": 64, "decoder.depth": 1, "decoder.max_steps": 1, "decoder.batch_size": 1,
+    "decoder.grad_accum": 1, "decoder.lr": 0,
 }
 # Of longer times timers overflow.
 AT_MOST = {"lora.dropout": 0.99, "data.val_fraction": 1, "data.max_bad_share": 1,
+           "decoder.width": 8192, "decoder.depth": 256,
            "gcs_minutes": 1e6, "dist_timeout_minutes": 1e6, "data.retry_minutes": 1e6}
 
 
@@ -97,6 +100,9 @@ def check_together(values):
     if not re.fullmatch(r"[\w.+=,-]{0,100}", v["energy.name"]) or v["energy.name"] in (".", ".."):
         raise ValueError(f"energy.name is {v['energy.name']!r}; it names a folder: letters, "
                          "digits and . _ + = , -")
+    if v["decoder.width"] % 64:
+        raise ValueError(f"decoder.width is {v['decoder.width']}; give a multiple of 64, which is "
+                         "the width of a head")
     if v["out_dir"].startswith("gs://"):
         raise ValueError("out_dir is a local folder; give the bucket as --gcs_dir=gs://…")
     if v["gcs_dir"] and not v["gcs_dir"].startswith("gs://"):

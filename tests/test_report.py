@@ -138,7 +138,7 @@ def test_names_are_text_whatever_they_are(tmp_path):
     arrays["validation"] = arrays["about_data"] = arrays["command"] = np.array(ODD_NAMES)
     arrays["device"] = np.array(ODD_NAMES[0])
     result = compare.compare(arrays)
-    (tmp_path / "strips").mkdir()
+    (tmp_path / "imagination").mkdir()
     page.write(tmp_path, arrays, result)
     found = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     plain = Page(text_of(made(C=3, P=P, points=3, planes=("xy",), frames=False)))
@@ -218,14 +218,14 @@ def png(pixels):
 
 def test_strips_beside_the_page_are_put_in(tmp_path, monkeypatch):
     assert page.strips(tmp_path) == ""
-    (tmp_path / "strips").mkdir()
+    (tmp_path / "imagination").mkdir()
     assert page.strips(tmp_path) == ""
     random = np.random.default_rng(0)
     plain, noise = np.zeros((40, 60, 3), np.uint8), random.integers(0, 256, (90, 3000, 3), np.uint8)
     for name, data in (("imagination_10.png", png(plain)), ("imagination_9.png", png(noise)),
                        ("a<b>.png", png(plain)[:-9]), ("zebra.png", b"GIF89a"), ("no.txt", b"")):
-        (tmp_path / "strips" / name).write_bytes(data)
-    (tmp_path / "strips/folder.png").mkdir()
+        (tmp_path / "imagination" / name).write_bytes(data)
+    (tmp_path / "imagination/folder.png").mkdir()
     found = page.strips(tmp_path)
     assert found.index("imagination 9") < found.index("imagination 10")
     assert base64.b64encode(png(plain)).decode() in found and found.count("<img") >= 2
@@ -234,7 +234,8 @@ def test_strips_beside_the_page_are_put_in(tmp_path, monkeypatch):
     assert "zebra.png (no PNG" in found and "folder.png (no PNG" in found and "no.txt" not in found
     assert "<b>" not in found
     monkeypatch.setattr(page, "STRIPS_LIMIT", 1000)
-    assert "in strips/:" in page.strips(tmp_path) and "imagination_9.png" in page.strips(tmp_path)
+    found = page.strips(tmp_path)
+    assert "in imagination/:" in found and "imagination_9.png" in found
 
 
 # Training curves
