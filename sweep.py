@@ -25,6 +25,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,9 @@ def _random(given):
     """The {key: text} of runs that are drawn by the seed."""
     optuna = _optuna()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=given.cfg.seed))
-    return [_suggest(study.ask(), given.values) for _ in range(given.n_runs)]
+    drawn = [_suggest(study.ask(), given.values) for _ in range(given.n_runs)]
+    # Of a few choices one comes twice: that would be one folder, and two places among the best.
+    return [one for i, one in enumerate(drawn) if one not in drawn[:i]]
 
 
 def _tpe(given, out, workers):
@@ -164,9 +167,13 @@ def _tpe(given, out, workers):
             run = Run(given, out, _suggest(trial, given.values))
             run.params, run.distributions = trial.params, trial.distributions
             batch.append(run)
-        workers.train(batch, given.cfg.max_steps)
+        # Of a few choices the same may be suggested twice: that is one folder, trained once.
+        workers.train(list({run.cfg.out_dir: run for run in batch}.values()), given.cfg.max_steps)
+        faults = {run.cfg.out_dir: run.fault for run in batch if run.fault}
+        for run in batch:
+            run.read().fault = faults.get(run.cfg.out_dir, "")
         runs += batch
-    return runs
+    return list({run.cfg.out_dir: run for run in runs}.values())
 
 
 def _suggest(trial, values):
@@ -199,7 +206,7 @@ def _optuna():
 def _claim(out, given, workers):
     """Raises ValueError if the folder has a sweep with other settings: its runs are no part of
     this one."""
-    about = {"over": {name: list(some) for name, some in given.values.items()},
+    about = {"over": [[name, *some] for name, some in given.values.items()],
              "sampler": given.sampler, "runs": given.n_runs, "halvings": given.halvings,
              "workers": workers.n if given.sampler == "tpe" else 0,
              "settings": {name: repr(value) for name, value in config.flat(given.cfg).items()
@@ -249,11 +256,12 @@ class Workers:
         begin, done = time.monotonic(), len(runs) - len(todo)
         if todo:
             print(f"to step {step} of {runs[0].cfg.max_steps}: {len(todo)} runs", flush=True)
-        apply = self.pool.map if self.pool else map
-        faults = apply(_train, [replace(run.cfg, stop_at=step) for run in todo])
+        cfgs = [replace(run.cfg, stop_at=step) for run in todo]
+        faults = self._in_pool(cfgs) if self.pool else map(_train, cfgs)
         for run, fault in zip(todo, faults):
             run.fault = fault
-            if not run.is_at(step) and not fault:
+            # A signal in the last step of a run is meant for the sweep as well.
+            if stop.exit_code() or not (fault or run.is_at(step)):
                 print(f"sweep.py: stopped in {run.title}; the same command goes on")
                 raise SystemExit(stop.exit_code() or 1)
             done += 1
@@ -262,6 +270,13 @@ class Workers:
             print(f"  {done}/{len(runs)}  {run.title}: "
                   f"{fault or f'{run.cfg.best} {value:.4g}'}"
                   + f"  ({left:.0f} s left)" * (left > 1), flush=True)
+
+    def _in_pool(self, cfgs):
+        try:
+            yield from self.pool.map(_train_in_worker, cfgs)
+        except BrokenProcessPool:
+            raise OSError("a worker was ended from outside, perhaps for lack of memory; the same "
+                          "command goes on, with fewer --workers if need be") from None
 
 
 def _begin(devices, threads, parent):
@@ -296,6 +311,14 @@ def _train(cfg):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return ""
+
+
+def _train_in_worker(cfg):
+    fault = _train(cfg)
+    # Training takes a signal as a wish to end this run; more of them are in the queue.
+    if stop.exit_code():
+        os._exit(stop.exit_code())
+    return fault
 
 
 def main(args):

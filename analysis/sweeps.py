@@ -105,7 +105,8 @@ def sentences(result):
             yield (f"{_title(finished[1])} differs by {abs(other / value - 1):.1%}, which another "
                    "seed may turn round (--over=seed=0,1,2).")
     yield from _edges(result, best)
-    data = [key for key in best["values"] if key.startswith("data.") or key == "seed"]
+    data = [key for key in best["values"]
+            if key.startswith("data.") or key in ("seed", "batch_size", "val_batches")]
     if data:
         yield (f"{', '.join(data)} can change the clips that are validated: compare L1 / copy and "
                "the ratios, not L1.")

@@ -74,7 +74,7 @@ class RecordIndex:
         for line in lines:
             text, _, crc = line.rpartition(b" ")
             # What another process is just writing, or a kill cut short, has another checksum.
-            if crc == _crc(text):
+            if text and crc == _crc(text):
                 self._keep(*json.loads(text))
 
     def _write(self, line):
@@ -97,6 +97,7 @@ def records_of_split(index, shard, first, split, data, read):
     read(first, begin): the records from one on, as `read_records`; begin: its first byte, None if
     that is not known."""
     number = first
+    index.versions.pop(shard, None)         # it may have been replaced since the last epoch
 
     def is_skipped():
         # A damaged record may have no name: it is read again, and named again.

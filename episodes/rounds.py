@@ -63,7 +63,9 @@ class _Turns:
 
     def __init__(self, files, clips_of, place):
         self.files, self.clips_of, self.epoch = files, clips_of, place.epoch
-        self.file, self.open = place.file, deque(place.open)
+        # With other ranks, or files that were removed, a place may name some that are not here.
+        self.file = place.file
+        self.open = deque(one for one in place.open if one[0] < len(files))
         self.readers = {}               # {file: its clips, episode by episode}
 
     def next(self, n_files):

@@ -8,9 +8,12 @@
 
 A robot takes plan.actions[0], and plans again from what it sees then (docs/planning.md).
 """
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+import config
 import lora
 import model
 from analysis.measures import FLAT_SHARE, is_flat
@@ -18,11 +21,15 @@ from episodes.conversion import to_poses
 from episodes.crops import check_size, crop_frames
 from episodes.plausible import REACH, TURNS
 from episodes.poses import apply_action
+from episodes.source import with_rate
 from evaluation.analysis import BASELINE, choose_adapter, run_planner
 from evaluation.energies import L1, L2, chunk_size, grid, sequence_energies
 from evaluation.protocol import plan_horizons, with_protocol
 
 
+# Of a data set: what decides how an image, a pose and the length of a step are read.
+AS_RECORDED = ("crop", "rotation", "position_scale", "pose_slice", "gripper", "frame_step",
+               "step_seconds", "fps")
 POINTS = 5              # an axis, of the moves that show how deep the landscape is
 
 
@@ -40,7 +47,7 @@ class Planner:
                              "--energy.context=1")
         self.device = model.resolve_device(cfg.device)
         precision = model.resolve_precision(cfg.precision, self.device)
-        self.cfg, self.data = cfg, cfg.data
+        self.cfg, self.data = cfg, data_of(cfg)
         self.size = model.resolve_size(cfg.model.size)["image_size"]
         torch.manual_seed(cfg.seed)
         encoder, predictor = model.load(cfg.model.checkpoint, cfg.model.size,
@@ -94,6 +101,18 @@ class Planner:
             return self.energies(h, pose, goal, moves).cpu().numpy()
 
 
+def data_of(cfg):
+    """The DataConfig by which images and poses are read. Raises ValueError if that is not one."""
+    sets = config.data_sets(cfg.data)
+    for one in sets:
+        other = next((key for key in AS_RECORDED if getattr(one, key) != getattr(sets[0], key)), "")
+        if other:
+            raise ValueError(f"data.path names data sets with different {other}; name the one of "
+                             "the images and the pose: --data.path=…")
+    data = replace(sets[0], path=cfg.data.path)
+    return with_rate(data, 0, "plan") if data.step_seconds else data
+
+
 def read_image(path):
     """An image file as [H, W, 3] uint8 RGB. Raises ValueError."""
     # Pillow comes with Matplotlib.
@@ -137,7 +156,7 @@ def plan(cfg, image, pose, goal, adapter=BASELINE):
     """Words on what to do: image, goal: files; pose: a list of numbers; adapter: a folder. Raises
     ValueError and OSError."""
     # Before the networks, which take minutes to load.
-    pose, images = read_pose(pose, cfg.data), [read_image(image), read_image(goal)]
+    pose, images = read_pose(pose, data_of(cfg)), [read_image(image), read_image(goal)]
     # Whoever compares two cameras plans nonsense, which no number below would show.
     (h, w), (goal_h, goal_w) = (one.shape[:2] for one in images)
     if abs(w / h - goal_w / goal_h) > 0.02 * w / h:
@@ -146,16 +165,19 @@ def plan(cfg, image, pose, goal, adapter=BASELINE):
     planner = Planner(cfg, adapter)
     now, goal = map(planner.encode, images)
     found = planner.plan(now, pose, goal)
+    still = planner.energies(now, pose, goal, np.zeros((1, len(found.actions), 7))).item()
     energies = planner.landscape(now, pose, goal)
-    return "\n".join(_words(planner, pose, found, energies))
+    return "\n".join(_words(planner, pose, found, still, energies))
 
 
-def _words(planner, pose, found, energies):
+def _words(planner, pose, found, still, energies):
+    """still: the energy of no move, for as many steps as the plan has."""
     e = planner.cfg.energy
     data = planner.data
     seconds = f" ({data.frame_step / data.fps:.2g} s)" if data.fps else ""
-    yield (f"{e.planners[0]} under {planner.adapter}: a step is {data.frame_step} recorded frames"
-           f"{seconds}, moves of up to {100 * e.radius:g} cm an axis; poses in m and rad")
+    yield (f"{e.planners[0]} under {planner.adapter}: a step is {data.frame_step} recorded frame"
+           f"{'s' * (data.frame_step > 1)}{seconds}, moves of up to {100 * e.radius:g} cm an "
+           "axis; poses in m and rad")
     for step, action in enumerate(found.actions, start=1):
         pose = apply_action(pose, action)
         x, y, z = 100 * action[:3]
@@ -164,11 +186,10 @@ def _words(planner, pose, found, energies):
                f"  gripper {action[6]:+.2f}  ->  "
                f"[{', '.join(f'{value:.4g}' for value in pose.round(4) + 0.0)}]")
     low, high, middle = energies.min(), energies.max(), energies.mean()
-    still = energies[len(energies) // 2]                # of the grid's middle, no move
-    yield (f"energy {found.energy:.4f}; no move {still:.4f}; {len(energies)} moves along x y z "
+    yield (f"energy {found.energy:.4f}; no move {still:.4f}; {len(energies)} single moves "
            f"{low:.4f} to {high:.4f}, a range of {(high - low) / middle:.1%} of their mean")
     if is_flat(energies):
         yield (f"WARNING: the landscape is flat (below {FLAT_SHARE:.0%}): whatever the model is "
                "asked, it sees no difference, and the plan means nothing")
-    elif found.energy >= still:
+    if found.energy >= still:
         yield "WARNING: the plan is no better than not to move"

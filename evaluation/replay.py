@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+import config
 import droid
 from episodes.poses import apply_action
 from episodes.source import DamagedEpisode
@@ -26,6 +27,9 @@ def find_episode(cfg, name):
     """(Episode, its frames [n, S, S, 3] uint8, its poses [n, 7]), every data.frame_step-th of them.
 
     name: of an episode, or a part of it that no other has. Raises ValueError."""
+    if len(config.data_sets(cfg.data)) > 1:
+        raise ValueError("a replay reads one data set: name it with --data.path=… and one "
+                         "--data.camera=…")
     # Frames, also of a run that has read latents.
     source = droid.open_source(replace(cfg, data=replace(cfg.data, latents="", cache="off")))
     names, found = {}, None         # names: in their order, with those that contain `name` true
@@ -52,6 +56,11 @@ def _frames_of(source, episode):
     if len(poses) < 2:
         raise ValueError(f"{episode.location}: {len(episode.poses)} frames, a replay needs two of "
                          f"them {data.frame_step} apart (--data.frame_step)")
+    if not np.isfinite(poses).all():
+        raise ValueError(f"{episode.location}: a pose is not finite; choose another episode")
+    if distance(poses, 0) <= NEAR:
+        raise ValueError(f"{episode.location}: ends {100 * distance(poses, 0):.1f} cm from where "
+                         "it begins, and there is nothing to plan; choose another episode")
     return replace(episode, data=data), source.every_frame(episode.images), poses
 
 

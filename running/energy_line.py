@@ -74,6 +74,9 @@ def parse(given):
         if adapter != "baseline":
             check_adapter(adapter)
     if given.command == "plan" and not given.replay:
+        if len(given.adapters) > 1 and (adapters or steps):
+            raise ValueError(f"plan takes one adapter, not {len(given.adapters)}: "
+                             f"--adapter={given.adapters[-1]}")
         check_base(cfg.model.checkpoint)            # plans of images need no data
         return given
     check_sources(config.flat(cfg))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import config
 from running.arguments import choices, load
-from running.checks import check_sources
+from running.checks import check_adapter, check_sources
 
 
 USAGE = "such as --over=lr=1e-5,1e-4,1e-3"
@@ -30,6 +30,8 @@ def parse(given):
     given.sampler = options.get("sampler", "grid")
     if given.sampler not in SAMPLERS:
         raise ValueError(f"--sampler={given.sampler}: choose {', '.join(SAMPLERS)}")
+    if cfg.stop_at:
+        raise ValueError("--stop_at does not apply to a sweep, which stops runs by itself")
     if not options.get("over"):
         raise ValueError(f"sweep.py needs --over, {USAGE}")
     given.values = choices(options["over"], USAGE)
@@ -54,11 +56,18 @@ def parse(given):
         raise ValueError("--halvings does not apply to --sampler=tpe, which learns from whole runs")
     if cfg.max_steps < 2 ** given.halvings:
         raise ValueError(f"--halvings={given.halvings} of {cfg.max_steps} steps; give fewer")
-    # A typo in any of them is to end the sweep before its first run.
-    for name, values in given.values.items():
-        for value in values:
-            config_of(given, {name: value})
-    check_sources(config.flat(cfg))
+    # A slip in any of them is to end the sweep before its first run.
+    for name, texts in given.values.items():
+        seen = {}                                       # {value: its text}
+        for text in texts:
+            one = config_of(given, {name: text})
+            values = config.flat(one)
+            check_sources(values)
+            if one.init:
+                check_adapter(one.init)
+            other = seen.setdefault(repr(values.get(name)), text)
+            if other != text and name in values:
+                raise ValueError(f"--over={name}=…: {other} and {text} are the same")
     return given
 
 

@@ -120,6 +120,19 @@ def test_a_place_of_an_earlier_version_leads_to_the_clips_that_were_to_follow(fi
     assert "files with several episodes are read in another order" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("n_files, world_size", [(20, 1), (3, 1), (40, 3), (40, 2)])
+def test_a_place_of_other_ranks_or_of_more_files_is_gone_on_from(n_files, world_size):
+    class Few(Sorted):
+        files = Sorted.files[:n_files]
+
+    cfg = recipe()
+    state = order(cfg)[500][0]
+    found = [one[1:] for rank in range(world_size)
+             for one in order(cfg, state, rank, world_size, Few(), n_epochs=2)
+             if one[0]["epoch"] == 1]
+    assert sorted(found) == [one for one in every_clip() if one[0] in Few.files]
+
+
 @pytest.mark.parametrize("key, value", [
     ("open", ((1, -1),)), ("open", ((1,),)), ("open", 3), ("open", ("ab",)), ("round", -1),
     ("index", None), ("count", 1.0), ("taken", [1, "x"]), ("sets", [{"round": 1}]), ("file", True),

@@ -146,6 +146,8 @@ def spoil(path, how):
         path.write_bytes(b"".join(lines[::-1]))
     elif how == "rubbish":
         path.write_bytes(bytes(range(256)) * 40)
+    elif how == "nothing":
+        path.write_bytes(b" 00000000\n00000000\n" + path.read_bytes())
     elif how == "gone":
         path.unlink()
     elif how == "a folder":
@@ -154,7 +156,7 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "altered", "two at once", "another order", "rubbish",
-                                 "gone", "a folder"])
+                                 "nothing", "gone", "a folder"])
 def test_whatever_happens_to_the_index_the_same_clips_come(cfg, how, tmp_path):
     expected = epoch(cfg)
     path = index_file(tmp_path)
@@ -171,6 +173,17 @@ def test_a_shard_that_has_changed_is_read_anew(cfg, shards, tmp_path):
     one.write_bytes(other.read_bytes())
     names = [one.name for one in all_episodes(cfg, opened(cfg))]
     assert names[:8] == names[8:16]
+
+
+def test_a_shard_that_is_replaced_between_two_epochs_is_read_anew(cfg, tmp_path):
+    source = opened(cfg)
+    first = [one.name for one in all_episodes(cfg, source)]
+    paths = sorted((tmp_path / "data").glob("*.tfrecord-*"))
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[1:] + contents[:1]):
+        path.write_bytes(content)
+    again = all_episodes(cfg, source)
+    assert [one.name for one in again] == first[8:] + first[:8]
 
 
 def test_a_disk_that_cannot_be_written_ends_the_index_alone(cfg, tmp_path, monkeypatch, capfd):

@@ -102,11 +102,11 @@ def test_the_command_line(base, run, images, capsys):
     assert f"mppi under {run}/step_2" in said and "step 2: x " in said
 
 
-def words_of(base, actions, energies, found=1.0):
+def words_of(base, actions, energies, found=1.0, still=1.3):
     planner = SimpleNamespace(cfg=recipe(base, base), adapter="baseline",
                               data=recipe(base, base).data)
     made = planners.Plan(np.array(actions, np.float32), found, 0.1)
-    return "\n".join(plan._words(planner, np.array(POSE), made, np.array(energies)))
+    return "\n".join(plan._words(planner, np.array(POSE), made, still, np.array(energies)))
 
 
 def test_the_words_are_the_numbers(base):
@@ -142,6 +142,8 @@ def test_the_words_are_the_numbers(base):
     (["--all"], "--all does not apply to plan"),
     (["--adapter=a", "--adapters=b"], "--adapter and --adapters: give one of them"),
     (["--adapter=absent"], "absent"),
+    (["--data.path=[{{path: a, crop: center}}, {{path: b, crop: none}}]"], "with different crop"),
+    (["--data.step_seconds=0.5"], "set --data.fps"),
 ])
 def test_what_cannot_be_planned_from_is_one_line(base, images, tmp_path, args, says):
     folder = images[0]
@@ -155,6 +157,17 @@ def test_what_cannot_be_planned_from_is_one_line(base, images, tmp_path, args, s
     with pytest.raises(SystemExit) as end:
         command(base, *(arg for arg in usual if arg.partition("=")[0] not in given), *args)
     assert says in str(end.value) and "\n" not in str(end.value)
+
+
+def test_one_adapter_plans(base, run, images):
+    at = [f"--image={images[0]}/now.png", f"--goal={images[0]}/goal.png", f"--pose={POSE}"]
+    with pytest.raises(SystemExit, match="plan takes one adapter, not 2"):
+        command(base, *at, f"--adapters={run}/step_2,{run}/step_best")
+
+
+def test_a_step_is_as_long_as_that_of_the_data(base):
+    data = plan.data_of(recipe(base, base, "--data.step_seconds=0.5", "--data.fps=10"))
+    assert data.frame_step == 5
 
 
 def test_it_says_what_is_missing(base, images):
@@ -251,6 +264,26 @@ def test_an_episode_is_found_by_a_part_of_its_name(base, tmp_path):
     for name, says in (("nobody", "is in no name of"), ("ep", "is in several names of")):
         with pytest.raises(ValueError, match=says):
             replay.find_episode(cfg, name)
+
+
+def test_what_cannot_be_replayed_is_one_line(base, tmp_path):
+    poses, images = np.zeros((6, 7)), np.zeros((6, 24, 24, 3), np.uint8)
+    poses[:, 0] = np.linspace(0, 0.3, 6)
+    for name, change in (("still", {5: 0.0}), ("nan", {3: np.nan}), ("short", {})):
+        there = poses.copy()
+        for i, x in change.items():
+            there[i, 0] = x
+        n = 1 if name == "short" else 6
+        np.savez(tmp_path / f"{name}.npz", observations=images[:n], states=there[:n])
+    np.savez(tmp_path / "good.npz", observations=images, states=poses)
+    cfg = recipe(base, base, f"--data.path={tmp_path}", "--data.check=false")
+    for name, says in (("still", "0.0 cm from where it begins"), ("nan", "a pose is not finite"),
+                       ("short", "1 frames, a replay needs two")):
+        with pytest.raises(ValueError, match=says):
+            replay.find_episode(cfg, name)
+    both = recipe(base, base, f"--data.path=[{tmp_path}, {base}/data]")
+    with pytest.raises(ValueError, match="a replay reads one data set"):
+        replay.find_episode(both, "good")
 
 
 def test_a_replay_from_the_command_line(base, run, capsys):
