@@ -33,7 +33,6 @@ from running import script
 if __name__ == "__main__":
     arguments = script.begin("droid.py", __doc__)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -51,7 +50,7 @@ from episodes.prefetch import in_thread
 from episodes.retry import Connection, is_remote
 from episodes.several import Mix, Several, labels
 from episodes.shards import count_episodes, is_lerobot, list_files, train_shards
-from episodes.source import DamagedEpisode, Episode, with_rate
+from episodes.source import DamagedEpisode, Episode, is_success, with_rate
 from episodes.stored import StoredLatents
 from episodes.survey import check_val_episodes, on_one_side, survey_of
 from episodes.tf import tensorflow
@@ -167,17 +166,18 @@ class RldsFiles:
         seen, records = ((), None) if first else self.begun.pop(file, ((), None))
         for number, record in chain(seen, records or self._records(file, first, split)):
             n += 1
-            if isinstance(record, DamagedEpisode):
-                yield record
-            elif isinstance(record, str):           # the name of one of the other split
-                yield Episode(f"{file} record {number}", record, np.zeros((0, 7)), None,
-                              success=self._is_success(record))
-            else:
-                episode = self._parse(file, number, record, features)
-                if self.index:
-                    self.index.add(file, number, self.tf.strings.length(record), episode.name)
-                yield episode
+            held = [self._episode(file, number, record, features)]
+            del record                                  # as in read_records
+            yield held.pop()
         self.counts[file] = n
+
+    def _episode(self, file, number, record, features):
+        if isinstance(record, (DamagedEpisode, Episode)):       # one of the other split
+            return record
+        episode = self._parse(file, number, record, features)
+        if self.index:
+            self.index.add(file, number, self.tf.strings.length(record), episode.name)
+        return episode
 
     def _records(self, file, first=0, split=""):
         usual = sorted(self.counts.values())[len(self.counts) // 2] if self.counts else 0
@@ -186,10 +186,6 @@ class RldsFiles:
         if not self.index:
             return read(first)
         return records_of_split(self.index, file, first, split, self.data, read)
-
-    def _is_success(self, name):
-        # DROID names the folder of the recording, and sorts recordings into success and failure.
-        return not self.data.keys.episode or "/success/" in name
 
     def parts(self, file):
         return [file]
@@ -251,7 +247,7 @@ class RldsFiles:
             return DamagedEpisode(location, reason)
         except ValueError as error:
             return DamagedEpisode(location, str(error), name)
-        return Episode(location, name, poses, images, velocity, self._is_success(name))
+        return Episode(location, name, poses, images, velocity, is_success(name, keys))
 
 
 def main(args):

@@ -237,6 +237,7 @@ class Clips:
             else:
                 here = not episode.name or in_split(episode.name, self.split, self.data)
                 self.tally.leave_out(episode, here)
+            del episode                     # an open file is not to hold its images
             yield clips
         self.tally.check()
 

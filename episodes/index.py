@@ -13,6 +13,9 @@ import threading
 import zlib
 from pathlib import Path
 
+import numpy as np
+
+from episodes.source import Episode, is_success
 from episodes.tfrecords import record_bytes
 from episodes.windows import in_split
 from files import say_once
@@ -91,8 +94,8 @@ class RecordIndex:
 
 
 def records_of_split(index, shard, first, split, data, read):
-    """Yields (number, record) of a shard from its record `first` on, and (number, name) of those
-    that are known not to be in `split`, "train" or "val", which are not read.
+    """Yields (number, record) of a shard from its record `first` on. Those that are known not to be
+    in `split`, "train" or "val", are not read: of them there is an Episode with its name alone.
 
     read(first, begin): the records from one on, as `read_records`; begin: its first byte, None if
     that is not known."""
@@ -106,10 +109,14 @@ def records_of_split(index, shard, first, split, data, read):
 
     while True:
         while is_skipped():
-            yield number, index.names(shard)[number]
+            name = index.names(shard)[number]
+            yield number, Episode(f"{shard} record {number}", name, np.zeros((0, 7)), None,
+                                  success=is_success(name, data.keys))
             number += 1
         for at, record in read(number, index.begin(shard, number)):
-            yield at, record
+            held = [record]
+            del record                      # as in read_records
+            yield at, held.pop()
             number = at + 1
             if is_skipped():
                 break

@@ -82,6 +82,12 @@ class EpisodeSource(Protocol):
         broken."""
 
 
+def is_success(name, keys):
+    """Whether an episode of that name succeeded: DROID names the folder of a recording, and sorts
+    recordings into success and failure."""
+    return not keys.episode or "/success/" in name
+
+
 def with_rate(data, fps, where):
     """The DataConfig with the rate at which its data were recorded, and the frame_step that follows
     from data.step_seconds.

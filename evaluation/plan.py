@@ -177,7 +177,7 @@ def _words(planner, pose, found, still, energies):
     seconds = f" ({data.frame_step / data.fps:.2g} s)" if data.fps else ""
     yield (f"{e.planners[0]} under {planner.adapter}: a step is {data.frame_step} recorded frame"
            f"{'s' * (data.frame_step > 1)}{seconds}, moves of up to {100 * e.radius:g} cm an "
-           "axis; poses in m and rad")
+           f"axis; poses in m and rad; {found.seconds:.1f} s")
     for step, action in enumerate(found.actions, start=1):
         pose = apply_action(pose, action)
         x, y, z = 100 * action[:3]
