@@ -22,10 +22,7 @@ from tqdm import tqdm
 import config
 import lora
 import model
-from episodes.identity import (
-    trained_on,
-    trained_with_shuffled_actions,
-)
+from episodes.identity import trained_on, trained_with_shuffled_actions
 from episodes.rounds import is_state
 from files import write_file
 from files.sums import SUMS, check_sums, read_sums
@@ -294,14 +291,19 @@ def save(run, step, cfg, predictor, optimizer, scaler, place):
     torch.save(_canonical(state), buffer)
     contents = adapter_contents(run, predictor, cfg, seen) | {"state.pt": buffer.getvalue()}
     folder = write_folder(run, f"step_{step}", contents, _advice)
-    # Of killed saves and rotations.
-    for rest in run.out.glob("step_*.tmp"):
+    rotate(run.out, step, cfg)
+    return folder
+
+
+def rotate(out, step, cfg):
+    """Removes the steps up to this one that are neither milestones nor among the newest cfg.keep,
+    and what killed saves have left."""
+    for rest in out.glob("step_*.tmp"):
         remove(rest)
-    rotating = [old for old in saved_steps(run.out) if old <= step and old not in cfg.milestones]
+    rotating = [old for old in saved_steps(out) if old <= step and old not in cfg.milestones]
     for old in rotating[:-cfg.keep]:
         # Under another name first: a kill half-way is to leave no half of a step.
-        remove((run.out / f"step_{old}").rename(run.out / f"step_{old}.tmp"))
-    return folder
+        remove((out / f"step_{old}").rename(out / f"step_{old}.tmp"))
 
 
 def _advice(out):

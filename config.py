@@ -255,6 +255,7 @@ def _update(cfg, values, where, given, section=""):
 
 def _hint(name, section, known):
     """What may have been meant by an unknown key."""
+    # Who mistypes lr does not mean that of decoder.py.
     names = [name for name in flat(Config()) if not name.startswith("decoder.")]
     names += {other.rpartition(".")[0] for other in names} - {""}
     key = name.split(".")[-1]

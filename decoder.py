@@ -41,7 +41,7 @@ from evaluation.decoding import FILE, Decoder, decoder_file
 from files import write_file
 from files.sums import check_sums, read_sums
 from running import settings
-from running.folders import keep_aside, remove, write_folder
+from running.folders import keep_aside, write_folder
 from running.lock import Lock
 from running.log import Logger, StepTimer
 from running.stop import StopSignal
@@ -183,12 +183,7 @@ def save(run_folder, cfg, network, optimizer, scaler, loader, about):
     folder = write_folder(run_folder, f"step_{step}", {FILE: weights, "state.pt": state.getvalue()},
                           lambda _: "make room and go on with --resume")
     write_file(out / FILE, weights)
-    rotating = sorted({*checkpoint.saved_steps(out)} - {*cfg.milestones})
-    for old in rotating[:-cfg.keep]:
-        # Under another name first: a kill half-way is to leave no half of a step.
-        (out / f"step_{old}").rename(out / f"step_{old}.tmp")
-    for rest in out.glob("step_*.tmp"):
-        remove(rest)
+    checkpoint.rotate(out, step, cfg)
     return folder
 
 

@@ -115,11 +115,12 @@ def _run(given):
     if given.note:
         print(given.note)
     if given.command == "plan":
-        adapters = given.adapters or [BASELINE]
         if given.replay:
             print(replay_table(given.cfg, given.replay, given.adapters))
         else:
-            print(plan(given.cfg, given.image, given.pose, given.goal, adapters[-1]))
+            # Of a run its newest step.
+            adapter = given.adapters[-1] if given.adapters else BASELINE
+            print(plan(given.cfg, given.image, given.pose, given.goal, adapter))
     elif given.command == "probe":
         print(evaluation.probe.probe(given.cfg, given.combinations, given.adapters, given.all))
     else:

@@ -45,8 +45,9 @@ import files
 import model
 import train
 from analysis import sweeps
+from episodes.prefetch import cores
 from files.reading import read_json
-from running import stop, sweep_line
+from running import settings, stop, sweep_line
 from running.best import CRITERIA
 from running.lock import Lock
 from running.log import validations
@@ -104,18 +105,17 @@ class Run:
         # resume: what an earlier call has trained is taken over.
         cfg = sweep_line.config_of(given, chosen)
         self.cfg = replace(cfg, out_dir=str(out / sweep_line.folder_of(chosen)), resume=True)
-        self.validations, self.fault, self.seconds = {}, "", 0
+        self.fault = ""
+        self.read()
 
     def read(self):
         """Reads what the run has logged."""
-        path = Path(self.cfg.out_dir, "metrics.jsonl")
-        for entry in validations(path, self.cfg.max_steps):
-            self.validations[entry["step"]] = entry
-        return self
+        logged = validations(Path(self.cfg.out_dir, "metrics.jsonl"), self.cfg.max_steps)
+        self.validations = {entry["step"]: entry for entry in logged}
 
     def is_at(self, step):
         """Whether it has trained and validated as far as this step."""
-        return step in self.read().validations and (
+        return step in self.validations and (
             checkpoint.newest_step(self.cfg.out_dir) or 0) >= step
 
     def value(self, step):
@@ -150,7 +150,7 @@ def _random(given):
 def _tpe(given, out, workers):
     """Trains runs whose values the earlier ones suggest (Bergstra et al. 2011), as many at a time
     as there are workers -> all of them."""
-    optuna, runs = _optuna(), []
+    optuna, runs, known = _optuna(), [], {}
     while len(runs) < given.n_runs:
         # Made anew from what is known, so that a sweep that was killed suggests the same again.
         sampler = optuna.samplers.TPESampler(seed=given.cfg.seed + len(runs), constant_liar=True)
@@ -164,16 +164,14 @@ def _tpe(given, out, workers):
         batch = []
         for _ in range(min(workers.n, given.n_runs - len(runs))):
             trial = study.ask()
-            run = Run(given, out, _suggest(trial, given.values))
+            chosen = _suggest(trial, given.values)
+            # Of a few choices the same may be suggested twice: that is one run.
+            run = known.setdefault(str(chosen), Run(given, out, chosen))
             run.params, run.distributions = trial.params, trial.distributions
             batch.append(run)
-        # Of a few choices the same may be suggested twice: that is one folder, trained once.
-        workers.train(list({run.cfg.out_dir: run for run in batch}.values()), given.cfg.max_steps)
-        faults = {run.cfg.out_dir: run.fault for run in batch if run.fault}
-        for run in batch:
-            run.read().fault = faults.get(run.cfg.out_dir, "")
+        workers.train(list(dict.fromkeys(batch)), given.cfg.max_steps)
         runs += batch
-    return list({run.cfg.out_dir: run for run in runs}.values())
+    return list(known.values())
 
 
 def _suggest(trial, values):
@@ -209,8 +207,7 @@ def _claim(out, given, workers):
     about = {"over": [[name, *some] for name, some in given.values.items()],
              "sampler": given.sampler, "runs": given.n_runs, "halvings": given.halvings,
              "workers": workers.n if given.sampler == "tpe" else 0,
-             "settings": {name: repr(value) for name, value in config.flat(given.cfg).items()
-                          if name not in ("device", "resume", "debug", "wandb", "tensorboard")}}
+             "settings": {name: repr(value) for name, value in settings.kept(given.cfg).items()}}
     path = out / "settings.json"
     # Its runs may have taken days.
     if path.exists():
@@ -237,7 +234,7 @@ class Workers:
             devices = context.Queue()
             for i in range(self.n):
                 devices.put(i % n_gpus if n_gpus else None)
-            threads = 0 if n_gpus else max(1, sweep_line.cpus() // self.n)
+            threads = 0 if n_gpus else max(1, cores() // self.n)
             self.pool = ProcessPoolExecutor(self.n, context, _begin,
                                             (devices, threads, os.getpid()))
 
@@ -260,6 +257,7 @@ class Workers:
         faults = self._in_pool(cfgs) if self.pool else map(_train, cfgs)
         for run, fault in zip(todo, faults):
             run.fault = fault
+            run.read()
             # A signal in the last step of a run is meant for the sweep as well.
             if stop.exit_code() or not (fault or run.is_at(step)):
                 print(f"sweep.py: stopped in {run.title}; the same command goes on")

@@ -1,6 +1,6 @@
 """The whole pipeline on a small world whose right answer is known, on a CPU, without downloads.
 
-    python toy.py                   # two minutes; everything goes into runs/toy
+    python toy.py                   # minutes; everything goes into runs/toy
 
 A small world model learns to predict a robot arm as camera A sees it. Seen from camera B, a quarter
 turn around the table, it reads actions along the wrong axes: the minimum of its energy lies at the
@@ -20,7 +20,6 @@ and export.py process them like the real ones. In runs/toy:
                                           python energy.py --from=runs/toy/energy_B/landscapes.npz
     checkpoints_for_colab.zip             the package
 """
-import io
 import json
 import shutil
 import sys
@@ -248,9 +247,7 @@ def draw(A, B, path, n_pairs=3):
                    Line2D([], [], ls="", mec="0.3", **figures.MINIMUM_MARKER)]
         figure.legend(markers, ["true action", "as it looks from camera B", "minimum"],
                       loc="outside upper center", ncols=3)
-        data = io.BytesIO()
-        figure.savefig(data, dpi=300, format="png")
-    files.write_file(path, data.getbuffer())
+        files.write_file(path, figures.saved(figure))
 
 
 def _draw_frames(panels, A, B, pair):

@@ -51,11 +51,18 @@ def write(folder, arrays, result):
     """Writes every figure that the arrays allow. Returns {name: path}."""
     paths = {}
     for name, figure in all_figures(arrays, result):
-        data = io.BytesIO()
-        figure.savefig(data, dpi=300, format="png")
         paths[name] = folder / f"{name}.png"
-        write_file(paths[name], data.getbuffer())
+        write_file(paths[name], saved(figure))
     return paths
+
+
+def saved(figure, kind="png", dpi=300):
+    """A Figure as the bytes of a PNG or PDF. Equal figures give equal bytes."""
+    data = io.BytesIO()
+    # Otherwise a PDF holds the time.
+    metadata = {"CreationDate": None} if kind == "pdf" else None
+    figure.savefig(data, dpi=dpi, format=kind, metadata=metadata)
+    return data.getvalue()
 
 
 def all_figures(arrays, result):

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.compare import interval
-from analysis.table import shortened
+from analysis.table import cell_text, shortened
 
 
 CHANGED = 16            # of 255: by how much a pixel differs from the context to count as changed
@@ -106,12 +106,6 @@ def table(result):
         head = METRICS[metric].replace("\n", " ")
         lines += ["", f"{head:<28}" + "".join(f"{f'{k} ahead':>18}" for k in steps)]
         for name, row in result["rows"].items():
-            cells = [_text(row[metric][k - 1], 2 if metric == "ssim" else 1) for k in steps]
+            cells = [cell_text(row[metric][k - 1], 2 if metric == "ssim" else 1) for k in steps]
             lines.append(f"  {shortened(name, 26):<26}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines[1:])
-
-
-def _text(cell, digits):
-    mean, low, high = ("" if cell[key] is None else f"{cell[key]:.{digits}f}"
-                       for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]" if low else mean or "undefined"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from analysis.figures import COLOURS, STYLE
+from analysis.figures import COLOURS, STYLE, saved
 from analysis.image_quality import CEILING, COPY, METRICS
 from analysis.table import shortened
 from files import write_file
@@ -24,6 +24,7 @@ from files import write_file
 
 FOLDER = "imagination"  # beside landscapes.npz; report.html shows the PNG files in it
 N_PAIRS = 6             # that are drawn, of different episodes first
+DPI = 200               # of the figures: a picture has fewer pixels than text needs
 N_STEPS = 8             # columns of a strip, as many as a page holds
 LONGEST_NAME = 20       # characters
 SMALLEST = 128          # pixels of a picture in a video
@@ -34,10 +35,10 @@ TRUE = "true frames"
 def write(folder, arrays, result):
     """Writes everything into `folder` (a Path) -> {name: path}. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"imagination.png": saved(curves(result), "png")}
+    files = {"imagination.png": saved(curves(result), dpi=DPI)}
     for p in chosen(arrays["episodes"]):
         figure = strip(arrays, p)
-        files |= {f"imagination_{p}.{kind}": saved(figure, kind) for kind in ("png", "pdf")}
+        files |= {f"imagination_{p}.{kind}": saved(figure, kind, DPI) for kind in ("png", "pdf")}
         pictures = video(arrays, p)
         files[f"imagination_{p}.gif"] = gif(pictures)
         if find_spec("av"):
@@ -47,15 +48,6 @@ def write(folder, arrays, result):
     for name, data in files.items():
         write_file(folder / name, data)
     return {name: folder / name for name in files}
-
-
-def saved(figure, kind):
-    """A Figure as the bytes of a PNG or PDF."""
-    data = io.BytesIO()
-    # Without the time, equal arrays give equal files.
-    figure.savefig(data, dpi=200, format=kind, metadata={"CreationDate": None} if kind == "pdf"
-                   else None)
-    return data.getvalue()
 
 
 def chosen(episodes):

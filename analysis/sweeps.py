@@ -4,14 +4,13 @@
     print(sweeps.summary(result))
     sweeps.draw(result, "sweep.png")
 """
-import io
 import math
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from analysis.compare import IGNORED
-from analysis.figures import COLOURS, STYLE
+from analysis.figures import COLOURS, STYLE, saved
 from analysis.table import shortened
 from files import write_file
 
@@ -146,9 +145,7 @@ def draw(result, path):
         _draw_curves(panels[0], result)
         for panel, key in zip(panels[1:], keys):
             _draw_values(panel, result, key)
-        data = io.BytesIO()
-        figure.savefig(data, dpi=300, format="png")
-    write_file(path, data.getbuffer())
+        write_file(path, saved(figure))
 
 
 def _draw_curves(panel, result):

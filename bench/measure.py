@@ -226,7 +226,8 @@ def decoder(cfg, n_episodes=8, n_frames=48, steps=60):
     on latents of random images."""
     out = OUT / "decoder"
     for folder in (OUT / "latents", out):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
     write_episodes(OUT / "npz", n_episodes, n_frames)
     cfg = replace(cfg, model=replace(cfg.model, checkpoint="random"), val_every=0, log_every=10,
                   save_every=steps, decoder=replace(cfg.decoder, out_dir=str(out), max_steps=steps),

@@ -22,6 +22,7 @@ import torch
 import config
 import droid
 import tabletop
+from episodes.prefetch import cores
 from episodes.shards import is_lerobot
 
 
@@ -133,10 +134,6 @@ def bytes_read():
 def resident():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
-
-
-def cores():
-    return len(os.sched_getaffinity(0))
 
 
 def main(args):

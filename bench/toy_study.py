@@ -1,6 +1,6 @@
 """The toy over several seeds and over the steps of LoRA: how certain the results of toy.py are.
 
-    # five seeds, 64 held-out pairs each, into runs/toy_study: half an hour on one CPU core
+    # five seeds, 64 held-out pairs each, into runs/toy_study: an hour on one CPU core
     python -m bench.toy_study
     # some seeds; those that are there already are not run again
     python -m bench.toy_study --seeds=0,1
@@ -10,7 +10,6 @@ and one trained on both cameras: larger, for longer, on as many clips of camera 
 Writes study.json, prints one table (means over all pairs, 95 % interval by cluster bootstrap over
 episodes, and the range of the seeds' own means; W* seed by seed), and draws evolution.png.
 """
-import io
 import json
 import re
 import shutil
@@ -197,9 +196,7 @@ def draw(result, path):
                       ylim=(min(0, panel.get_ylim()[0]), None))
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4)
-        data = io.BytesIO()
-        figure.savefig(data, dpi=300, format="png")
-    files.write_file(path, data.getbuffer())
+        files.write_file(path, figures.saved(figure))
 
 
 def _over_steps(evolution, title):

@@ -34,6 +34,10 @@ class RecordIndex:
         self.file, self.broken, self.lock = None, False, threading.Lock()
         self._load()
 
+    def look_again(self, shard):
+        """Asks for the size and time of a shard when it is next used."""
+        self.versions.pop(shard, None)
+
     def names(self, shard):
         """The names of its first episodes, as many as are known."""
         return self._of(shard)[1]
@@ -100,12 +104,13 @@ def records_of_split(index, shard, first, split, data, read):
     read(first, begin): the records from one on, as `read_records`; begin: its first byte, None if
     that is not known."""
     number = first
-    index.versions.pop(shard, None)         # it may have been replaced since the last epoch
+    index.look_again(shard)             # it may have been replaced since the last epoch
 
     def is_skipped():
+        names = index.names(shard)
         # A damaged record may have no name: it is read again, and named again.
-        name = "".join(index.names(shard)[number:number + 1])
-        return split and name and not in_split(name, split, data)
+        return (split and number < len(names) and names[number]
+                and not in_split(names[number], split, data))
 
     while True:
         while is_skipped():

@@ -213,6 +213,18 @@ def examine(poses, names, data, named=True, odd=()):
     return errors, notes
 
 
+def pose_faults(pose, data):
+    """What is wrong with a single pose [7], as converted: lines as from `examine`, which sees more
+    in many of them."""
+    column, gripper = "--data.pose_slice", pose[6:]
+    lines = _positions(pose[None, :3], data, column)
+    if data.rotation != "degrees":              # small angles are no sign of radians in one pose
+        lines += _rotations(pose[None, 3:6], data, column)
+    if not -0.05 <= pose[6] <= 1.05:
+        lines += _gripper(gripper, gripper, data, False, [])
+    return lines
+
+
 def _range(values):
     return f"{values.min():.3g} to {values.max():.3g}"
 

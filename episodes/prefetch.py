@@ -78,9 +78,15 @@ def in_order(function, items):
 def n_threads():
     """How many threads decode: one more than there are cores for this process, since one waits for
     Python now and then; 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return min(8, 1 + (cores or 1) // max(1, int(ranks) if ranks.isdecimal() else 1))
+    return min(8, 1 + cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
+
+
+def cores():
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_thread(function, *args):

@@ -59,7 +59,7 @@ def rounds_of_epoch(files, clips_of, seed, size, shuffle, place, mixed=False):
 
 class _Turns:
     """One episode with clips from each of several files in turn. A file that has ended gives way to
-    the next one."""
+    the next one; an episode without clips takes no turn."""
 
     def __init__(self, files, clips_of, place):
         self.files, self.clips_of, self.epoch = files, clips_of, place.epoch
@@ -80,7 +80,7 @@ class _Turns:
             file, n = self.open.popleft()
             if file not in self.readers:
                 self.readers[file] = self.clips_of(self.files[file], self.epoch, n)
-            # Episodes without clips take no turn: stored latents list damaged ones first.
+            # Or stored latents, which list damaged episodes first, would have another order.
             for clips in self.readers[file]:
                 pause(0)                # ends here if nobody waits for the round any more
                 n += 1

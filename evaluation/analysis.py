@@ -52,6 +52,7 @@ from evaluation.protocol import plan_horizons, with_protocol
 from evaluation.unfinished import UNFINISHED, Unfinished
 from files import write_npz
 from files.reading import read_npz
+from files.text import unique_ends
 
 
 CLIPS_AT_A_TIME = 4         # for losses: as many tokens as a batch of actions
@@ -394,10 +395,7 @@ def names_of(adapters):
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"--adapters names a folder twice: {twice}")
-    for n in count(1):
-        names = [BASELINE, *("/".join(path.parts[-n:]) for path in paths)]
-        if len(set(names)) == len(names):
-            return names
+    return [BASELINE, *unique_ends(paths, [BASELINE])]
 
 
 def free_folder(parent, name, sets):

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from files import write_safetensors
 from files.reading import shown
 from files.weights import convert, open_safetensors
+from running.checks import DECODER, decoder_in
 from vjepa2_src.blocks import Block, init_weights, rope_table
 
 
-FILE = "decoder.safetensors"
+FILE = DECODER
 HEAD_WIDTH = 64
 SIZES = ("tokens", "latent_dim", "image_size", "width", "depth")
 AT_A_TIME = 64              # frames that are decoded together
@@ -94,26 +95,21 @@ def load_decoder(path, encoder_fingerprint, device="cpu"):
 
     Raises ValueError in one line if it was trained on latents of another encoder, is damaged, or is
     no decoder."""
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    try:
-        with open_safetensors(path) as (file, kinds):
-            about = file.metadata() or {}
-            # Before a tensor is read: sizes in a damaged header may ask for any memory.
-            network = _empty(path, about)
-            if about.get("encoder") != encoder_fingerprint:
-                raise ValueError(f"{path}: was trained on latents of another encoder "
-                                 f"({shown(about.get('encoder'))}, this one is "
-                                 f"{encoder_fingerprint}); train one on latents of this one with "
-                                 "decoder.py")
-            wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-            if kinds != {name: (shape, "F32") for name, shape in wanted.items()}:
-                raise ValueError(f"{path}: its tensors do not fit its header; copy it again")
-            state = {name: convert(path, name, file.get_tensor(name), torch.float32, device)
-                     for name in wanted}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; python decoder.py config.yaml --data.latents=… "
-                         "writes a decoder") from None
+    path = Path(decoder_in(path))
+    with open_safetensors(path) as (file, kinds):
+        about = file.metadata() or {}
+        # Before a tensor is read: sizes in a damaged header may ask for any memory.
+        network = _empty(path, about)
+        if about.get("encoder") != encoder_fingerprint:
+            raise ValueError(f"{path}: was trained on latents of another encoder "
+                             f"({shown(about.get('encoder'))}, this one is "
+                             f"{encoder_fingerprint}); train one on latents of this one with "
+                             "decoder.py")
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        if kinds != {name: (shape, "F32") for name, shape in wanted.items()}:
+            raise ValueError(f"{path}: its tensors do not fit its header; copy it again")
+        state = {name: convert(path, name, file.get_tensor(name), torch.float32, device)
+                 for name in wanted}
     network.load_state_dict(state, assign=True)
     return Decode(network.requires_grad_(False).eval(), about, path)
 

@@ -13,14 +13,15 @@ from tqdm import tqdm
 import config
 import droid
 from analysis.arrays import LONGEST_TEXT
+from episodes.paired import SAME_POSE
 from episodes.stored import with_frames
 from episodes.windows import in_split
+from files.text import unique_ends
 from report import logs
 from running.log import commit
 
 
 MOST_NAMES = 1000           # of validation episodes
-SAME_POSE = 1e-4            # m and rad: formats keep numbers of different precision
 # Keys that decide what is measured, or how.
 OF_AN_ANALYSIS = ("model.", "data.", "energy.", "seed", "precision", "device", "compile", "memory")
 # What the clips of a training run are cut from.
@@ -132,13 +133,5 @@ def _training(adapters):
     rows = max(map(len, runs.values()))
     values = [np.pad(some, ((0, rows - len(some)), (0, 0)), constant_values=np.nan)
               for some in runs.values()]
-    return {"log_runs": _texts(_short_names(runs)), "log_values": np.stack(values),
+    return {"log_runs": _texts(unique_ends(list(runs))), "log_values": np.stack(values),
             "run_of": np.array(run_of)}
-
-
-def _short_names(folders):
-    """The end of each path that no other one has."""
-    parts, n = [folder.parts for folder in folders], 1
-    while len({some[-n:] for some in parts}) < len(parts):
-        n += 1
-    return ["/".join(some[-n:]) for some in parts]

@@ -63,7 +63,7 @@ def show(analysis, decode, folder):
         names, frames = counterfactuals(world, decode, pairs.h[p][0], clips[p]["states"][0])
         now[name] = frames[:, 0]
     drawn = strips.counterfactual_strip(arrays["frames"][p, 0], names, now)
-    write_file(folder / "counterfactuals.png", strips.saved(drawn, "png"))
+    write_file(folder / "counterfactuals.png", strips.saved(drawn, dpi=strips.DPI))
     return (f"{table(result)}\n\n{folder}: {len(paths) + 2} files: strips, videos, curves, "
             "counterfactuals.png, imagination.json")
 

@@ -17,9 +17,9 @@ import config
 import lora
 import model
 from analysis.measures import FLAT_SHARE, is_flat
+from episodes import plausible
 from episodes.conversion import to_poses
 from episodes.crops import check_size, crop_frames
-from episodes.plausible import REACH, TURNS
 from episodes.poses import apply_action
 from episodes.source import with_rate
 from evaluation.analysis import BASELINE, choose_adapter, run_planner
@@ -62,6 +62,7 @@ class Planner:
     def choose(self, adapter):
         """Plans with another adapter folder from now on, or with "baseline", the model without."""
         choose_adapter(self.world.predictor, adapter, self.cfg.lora)
+        # An adapter of zeros changes no bit, and costs a third of the time.
         if adapter == BASELINE:
             lora.remove(self.world.predictor)
         self.adapter = adapter
@@ -140,15 +141,9 @@ def read_pose(numbers, data):
         raise ValueError(f"--pose: {error}") from None
     if not np.isfinite(pose).all():
         raise ValueError("--pose: a number is not finite")
-    if np.abs(pose[:3]).max() > REACH:
-        raise ValueError(f"--pose: a position of {np.abs(pose[:3]).max():g} m; are these "
-                         "millimetres? --data.position_scale=0.001")
-    if np.abs(pose[3:6]).max() > TURNS:
-        raise ValueError(f"--pose: an angle of {np.abs(pose[3:6]).max():g} rad; are these degrees? "
-                         "--data.rotation=degrees")
-    if not -0.1 <= pose[6] <= 1.1:
-        raise ValueError(f"--pose: a gripper of {pose[6]:g}, expected 0 (open) to 1 (closed); "
-                         "--data.gripper converts")
+    faults = plausible.pose_faults(pose, data) if data.check else []
+    if faults:
+        raise ValueError(f"--pose: {'; '.join(faults)}; --data.check=false takes it as it is")
     return pose
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import droid
 from analysis import compare
-from analysis.figures import COLOURS, STYLE
+from analysis.figures import COLOURS, STYLE, saved
 from analysis.measures import describe
 from analysis.table import COLUMNS, cell_text, shortened, table
 from episodes.identity import about_episode, of_episode
@@ -373,6 +373,4 @@ def figure(path, titles, results):
         for y in range(1, len(titles)):
             panel.axhline(y - 0.5, color="0.9", lw=0.5, zorder=0)
         drawn.legend(loc="outside upper center", ncols=min(3, len(names)))
-        data = io.BytesIO()
-        drawn.savefig(data, dpi=200, format="png")
-    write_file(path, data.getbuffer())
+        write_file(path, saved(drawn, dpi=200))

@@ -6,6 +6,7 @@ as 90. Errors are a ValueError of one line."""
 import math
 import os
 from collections import Counter
+from itertools import count
 
 import yaml
 
@@ -112,3 +113,12 @@ def to_list(value):
 TYPES = {str: (to_text, "text"), float: (to_float, "a finite number"),
          int: (to_int, "a whole number"), bool: (to_bool, "true or false"),
          tuple: (to_list, "a list, a,b or [a, b]")}
+
+
+def unique_ends(paths, taken=()):
+    """The shortest ends of different Paths that tell them apart, and from the names `taken`, as
+    text."""
+    for n in count(1):
+        ends = ["/".join(path.parts[-n:]) for path in paths]
+        if len({*ends, *taken}) == len(ends) + len(taken):
+            return ends

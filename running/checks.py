@@ -16,6 +16,9 @@ from episodes.shards import is_lerobot, list_files, train_shards
 from running.arguments import steps_of
 
 
+DECODER = "decoder.safetensors"     # in a folder of decoder.py
+
+
 def check_training(cfg):
     """What a run would stumble over after its model was loaded."""
     check_ranks()
@@ -166,7 +169,7 @@ def check_adapter(folder):
 
 def decoder_in(path):
     """The file of a decoder: `path` itself, or the one in a folder. Raises ValueError."""
-    file = Path(path, "decoder.safetensors") if os.path.isdir(path) else Path(path)
+    file = Path(path, DECODER) if os.path.isdir(path) else Path(path)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; python decoder.py config.yaml --data.latents=… "
                          "writes a decoder")

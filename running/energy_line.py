@@ -31,6 +31,7 @@ def parse(given):
     given.command, given.all, given.decoder = "", "all" in options, ""
     if given.paths[:1] in (["check"], ["probe"], ["plan"]) and not os.path.exists(given.paths[0]):
         given.command, *given.paths = given.paths
+    # Elsewhere it is a slip of --adapters, which is told as all slips are.
     if "adapter" in options and given.command != "plan":
         raise ValueError("unknown option --adapter; did you mean --adapters?")
     for name, command in OF_A_COMMAND.items():

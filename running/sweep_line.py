@@ -3,7 +3,6 @@
 Imports no PyTorch, as all that the command line needs (running/command_line.py)."""
 import itertools
 import math
-import os
 import re
 import zlib
 from types import SimpleNamespace
@@ -125,8 +124,3 @@ def _number(options, name, default):
     if not text.isascii() or not text.isdecimal() or len(text) > 4:
         raise ValueError(f"--{name}={text}: give a whole number")
     return int(text)
-
-
-def cpus():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import measures, verdict
+from analysis import image_quality, measures, verdict
 from evaluation import validation
 from running import best
 
@@ -23,6 +23,11 @@ def test_every_metric_of_the_table_is_explained(name):
 @pytest.mark.parametrize("title", [title for *_, title in verdict.ROWS])
 def test_every_row_of_the_summary_is_explained(title):
     assert f"**{title}" in WORDS or f"**{title.removesuffix(', cm')}" in WORDS, title
+
+
+@pytest.mark.parametrize("label", image_quality.METRICS.values())
+def test_every_number_of_what_is_imagined_is_explained(label):
+    assert f"**{' '.join(label.replace(' (dB)', '').split())} ↑**" in WORDS, label
 
 
 def test_every_number_of_a_validation_is_explained():

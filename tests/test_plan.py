@@ -78,15 +78,15 @@ def test_a_plan_is_what_the_planner_finds_for_the_energies_of_the_model(base, ru
     assert len(energies) == 125 and energies[62] == pytest.approx(still.item(), abs=1e-6)
 
 
-def test_the_objective_is_lowered(base, images):
-    folder, _, episode = images
-    values = []
-    for objective in ("l1", "l2"):
-        cfg = recipe(base, folder, *FEW, f"--energy.objective={objective}")
-        planner = plan.Planner(cfg)
-        h = planner.encode(plan.read_image(folder / "now.png"))
-        values.append(planner.energies(h, episode.poses[0], h, np.zeros((1, 1, 7))).item())
-    assert values[0] != values[1]
+@pytest.mark.parametrize("column, objective", enumerate(("l1", "l2")))
+def test_it_plans_by_the_objective(base, images, column, objective):
+    folder, frames, episode = images
+    planner = plan.Planner(recipe(base, folder, *FEW, f"--energy.objective={objective}"))
+    h, goal = (planner.encode(frames[i].numpy()) for i in (0, 2))
+    found = planner.plan(h, episode.poses[0], goal)
+    actions = torch.from_numpy(found.actions)[None]
+    both = energy.sequence_energies(planner.world, h[None], episode.poses[:1], goal, actions)
+    assert found.energy == both[0, column].item() != both[0, 1 - column].item()
 
 
 def test_the_command_line(base, run, images, capsys):
@@ -122,9 +122,16 @@ def test_the_words_are_the_numbers(base):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--pose=[0.4,0,0.3,178,2,-60,0.5]"], "an angle of 178 rad; are these degrees? --data.rota"),
-    (["--pose=[400,0,300,3,0,0,0.5]"], "position of 400 m; are these millimetres? --data.positi"),
-    (["--pose=[0.4,0,0.3,3,0,0,85]"], "a gripper of 85, expected 0 (open) to 1 (closed)"),
+    (["--pose=[0.4,0,0.3,178,2,-60,0.5]"],
+     "-60 to 178, and radians are expected: degrees? then --data.rotation=degrees"),
+    (["--pose=[400,0,300,3,0,0,0.5]"],
+     "0 to 400, and metres are expected: millimetres? then --data.position_scale=0.001"),
+    (["--pose=[40,0,30,3,0,0,0.5]"],
+     "0 to 40, and metres are expected: centimetres (inches: 0.0254)? then --data.position_sc"),
+    (["--pose=[0.4,0,0.3,3,2.5,0,0.5]"], "number 5 beyond ±π/2, where no second Euler angle is"),
+    (["--pose=[0.4,0,0.3,3,0,0,85]"],
+     "85 to 85, and 0 (open) to 1 (closed) is expected: a width in millimetres? then --data.gri"),
+    (["--pose=[0.4,0,0.3,3,0,0,-1]"], "-1 to -1, and 0 (open) to 1 (closed) is expected: -1 to 1?"),
     (["--pose=[0.4,0,0.3,3,0,0]"], "6 numbers in a pose, expected 7"),
     (["--pose=[0.4,0,0.3,0,0,0,1,0.5]"], "a quaternion? --data.rotation=quat_xyzw"),
     (["--pose=[0.4,0,0.3,3,0,nan,0]"], "a number is not finite"),
@@ -183,6 +190,15 @@ def test_it_says_what_is_missing(base, images):
 def test_a_pose_is_read_as_the_data_are(base, keys, numbers):
     found = plan.read_pose(numbers, recipe(base, base, *keys).data)
     assert np.allclose(found, POSE, atol=1e-9)          # half closed is half open
+
+
+@pytest.mark.parametrize("keys, pose", [
+    (["--data.check=false"], [400, 0, 300, 178, 2, -60, 85]),
+    (["--data.rotation=degrees"], [0.4, 0, 0.3, 2, 0.5, 0, 0.5]),       # nearly upright
+    (["--data.gripper.scale=0.00392"], [0.4, 0, 0.3, 3, 0, 0, 1]),      # nearly open
+])
+def test_a_pose_that_can_be_right_is_taken(base, keys, pose):
+    assert np.isfinite(plan.read_pose(pose, recipe(base, base, *keys).data)).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
