@@ -4,7 +4,7 @@
 
 imagination_P.png and .pdf: pair P, a row each for the frames that came, the decoded truth, each
 checkpoint and a copy of the context, a column for each step ahead; imagination_P.gif and .mp4: the
-same as it moves. imagination.png: PSNR and SSIM by horizon.
+same as it moves. imagination.png: PSNR, SSIM and LPIPS by horizon.
 """
 import io
 from fractions import Fraction
@@ -102,7 +102,7 @@ def _broken(name):
 
 
 def curves(result):
-    """PSNR and SSIM of each row over the steps ahead, with their 95 % intervals."""
+    """PSNR, SSIM and LPIPS of each row over the steps ahead, with their 95 % intervals."""
     of_rows = result["rows"]
     metrics = [metric for metric in METRICS if metric in next(iter(of_rows.values()))]
     styles = {CEILING: ("black", ":"), COPY: ("black", "--")}

@@ -3,7 +3,7 @@
     analysis = Analysis(cfg, adapters)
     print(show(analysis, decoder_for(analysis, "runs/decoder"), folder))    # all of this, in files
     arrays = imagine(world, decode, clips, ["baseline", "runs/droid/step_5000"], cfg.lora)
-    result = image_quality.quality(arrays)  # PSNR and SSIM by horizon, with intervals
+    result = image_quality.quality(arrays)  # PSNR and others by horizon, with intervals
     strips.write(folder, arrays, result)    # strips, curves and videos
     names, frames = counterfactuals(world, decode, h[0], states[0])     # up, left, … instead
 
@@ -54,7 +54,7 @@ def show(analysis, decode, folder):
     world, lora_config = analysis.world, pairs.cfg.lora
     arrays = imagine(world, decode, clips, adapters, lora_config, pairs.h)
     arrays["checkpoints"] = np.array(pairs.names)
-    result = quality(arrays)
+    result = quality(arrays, analysis.device)
     paths = strips.write(folder, arrays, result)
     write_file(folder / "imagination.json", json.dumps(result, indent=1).encode())
     p, now = strips.chosen(arrays["episodes"])[0], {}
