@@ -10,12 +10,14 @@
     python export.py merge runs/droid/step_5000 merged.pt
     # checkpoints_for_colab.zip
     python export.py package runs/droid --steps=0,5000,20000 --trajectories=16
+    # the same, and a decoder, so that the notebook shows what the models imagine
+    python export.py package runs/droid --steps=0,5000,20000 --decoder=runs/decoder
     # the package is complete and unchanged; also takes the folder into which it was unpacked
     python export.py verify checkpoints_for_colab.zip
 
 Settings are those of the run; `merge` and `baseline` take a recipe as well (config.yaml), and keys
-may follow: --model.size=tiny. The package holds adapters, trajectories from
-validation episodes, the resolved config, colab.ipynb and the sources that it imports;
+may follow: --model.size=tiny. The package holds adapters, trajectories from validation episodes,
+the resolved config, colab.ipynb and the sources that it imports, and the decoder if one is given;
 manifest.json has the SHA-256 of each file and the fingerprint of the base weights. The base weights
 themselves are not in it.
 """
@@ -49,6 +51,7 @@ from episodes.identity import TRAINED_ON
 from episodes.npz import NpzFiles
 from episodes.pairs import seen_in_training
 from episodes.stored import with_frames
+from evaluation import decoding
 from files.package import verify
 from files.weights import convert
 from running import command_line
@@ -166,12 +169,13 @@ def _inject_untrained(cfg, predictor):
 
 # The package for Colab
 
-def package(run, steps, n_trajectories, target, overrides=()):
+def package(run, steps, n_trajectories, target, overrides=(), decoder=""):
     """Writes all that the notebook needs, except for the base weights, as one .zip.
 
     run: a run folder of train.py. steps: the training steps whose adapters to pack; step 0 is the
     base model. n_trajectories: clips from validation episodes, at most. overrides: config keys
-    over those of the run. Raises ValueError for a folder without these steps or a damaged one."""
+    over those of the run. decoder: the folder or file of one, or "". Raises ValueError for a folder
+    without these steps or a damaged one, and for a decoder of another encoder."""
     # The other commands need neither matplotlib nor the data loader.
     import droid
     import energy
@@ -185,7 +189,8 @@ def package(run, steps, n_trajectories, target, overrides=()):
         cfg.data = with_frames(cfg.data)
     cfg.data.latents = ""
     predictor = _load_predictor(cfg)
-    contents = _pack_adapters(cfg, predictor, run, steps)
+    contents = _pack_decoder(cfg, predictor, decoder) if decoder else {}
+    contents |= _pack_adapters(cfg, predictor, run, steps)
     clips = energy.read_clips(cfg)
     seen = [folder for step in steps if (folder := folder_of(run, step)).is_dir()]
     seen_in_training(clips, seen, cfg.energy.allow_trained)
@@ -211,7 +216,7 @@ def package(run, steps, n_trajectories, target, overrides=()):
             archive.writestr(name, data)
     verify(target)
     return (f"{target}: {_size(target)}; adapters of steps {', '.join(map(str, steps))}, "
-            f"{len(clips)} trajectories, the notebook")
+            f"{len(clips)} trajectories, the notebook" + ", a decoder" * bool(decoder))
 
 
 def _about(source):
@@ -242,6 +247,17 @@ def _pack_adapters(cfg, predictor, run, steps):
         lora.remove(predictor)
         contents |= {f"adapters/step_{step}/{name}": data for name, data in adapter_files.items()}
     return contents
+
+
+def _pack_decoder(cfg, predictor, path):
+    """{decoder.safetensors: bytes}. Raises ValueError for one that does not fit the run."""
+    decode = decoding.load_decoder(path, predictor.encoder_fingerprint)
+    size = model.resolve_size(cfg.model.size)["image_size"]
+    trained = decode.network.sizes["image_size"]
+    if trained != size:
+        raise ValueError(f"{decode.where}: was trained on images of {trained} pixels, and those of "
+                         f"the run have {size}; train one on latents of the run's --model.size")
+    return {decoding.FILE: _read(decode.where)}
 
 
 def _pack_trajectory(clip):
@@ -381,7 +397,7 @@ def _run(given):
     if given.command == "merge":
         return merge(cfg, *paths)
     if given.command == "package":
-        return package(*paths, given.steps, given.trajectories, PACKAGE, given.keys)
+        return package(*paths, given.steps, given.trajectories, PACKAGE, given.keys, given.decoder)
     manifest = verify(*paths)
     n_files = len(manifest["sha256"])
     return f"{paths[0]}: complete and unchanged; {n_files} files, steps {manifest['steps']}"

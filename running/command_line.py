@@ -34,6 +34,7 @@ from running.checks import (
     check_sources,
     check_target,
     check_training,
+    decoder_in,
 )
 
 
@@ -74,7 +75,9 @@ OPTIONS = {
         "dtype": "slim: bf16 (default), fp16 or fp32",
         "steps": "package: as in --steps=0,5000 (0 is the base model); by default 0, the "
                  "milestones and the newest one",
-        "trajectories": "package: how many at most (default 16)"},
+        "trajectories": "package: how many at most (default 16)",
+        "decoder": "package: a folder that decoder.py wrote, for the notebook to show what the "
+                   "models imagine"},
     "bench.speed": {"parts": "of the table: training,networks,files (default: all)",
                     "repeats": "of each measurement (default 10)"},
     "bench.measure": {"file": "load, slim: where the large file is, or is written "
@@ -89,7 +92,7 @@ COMMANDS = {
     "baseline": ("RECIPE FOLDER", ()),
     "adapter": ("RUN/step_N FOLDER", ()),
     "merge": ("[RECIPE] RUN/step_N TARGET.pt", ()),
-    "package": ("RUN", ("steps", "trajectories")),
+    "package": ("RUN", ("steps", "trajectories", "decoder")),
     "verify": ("PACKAGE.zip", ()),
 }
 
@@ -304,7 +307,7 @@ def _is_recipe(path):
 
 
 def _export(given):
-    """Adds `command`, `cfg` and for package `steps` and `trajectories`."""
+    """Adds `command`, `cfg` and for package `steps`, `trajectories` and `decoder`."""
     usage = "; ".join(f"python export.py {name} {paths}" for name, (paths, _) in COMMANDS.items())
     if not given.paths:
         raise ValueError(f"name a command: {usage} (--help explains them)")
@@ -377,6 +380,8 @@ def _package(given):
     if not re.fullmatch(r"0*[1-9]\d{0,8}", trajectories):
         raise ValueError(f"--trajectories={trajectories}: give a whole number from 1")
     given.trajectories = int(trajectories)
+    decoder = given.options.get("decoder", "")
+    given.decoder = decoder and decoder_in(expand_home(decoder))
     check_target(".", folder=True)
     check_sources(config.flat(given.cfg) | {"data.latents": ""})
     return given

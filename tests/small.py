@@ -56,6 +56,13 @@ def torchrun(*command, **env):
     return result
 
 
+def run_python(args, folder, timeout=100):
+    """Runs a fresh interpreter in `folder`, which does not see this checkout."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *args], cwd=folder, capture_output=True, text=True,
+                          env=environment | {"OMP_NUM_THREADS": "1"}, timeout=timeout)
+
+
 def recipe(base, out, *args):
     """The settings of a short run on what `write` has written."""
     return config.load([

@@ -1,9 +1,6 @@
 """Every export reads back as what it was, loads where it should, and a damaged one is named."""
 import json
 import os
-import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import lora
 import model
 import train
 from parity import tiny
-from small import recipe
+from small import recipe, run_python
 
 
 KEYS = ["--model.size=tiny", "--precision=fp32"]
@@ -259,13 +256,6 @@ def test_sources_are_found_wherever_they_are_imported(tmp_path, monkeypatch):
                                      "latents.py", "room/__init__.py", "room/b.py", "room/d.py"]
 
 
-def run_python(args, folder, timeout=100):
-    """Runs a fresh interpreter in `folder`, which does not see this checkout."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run([sys.executable, *args], cwd=folder, capture_output=True, text=True,
-                          env=environment | {"OMP_NUM_THREADS": "1"}, timeout=timeout)
-
-
 def test_every_module_of_the_package_can_be_imported_from_it(package, tmp_path):
     unpack(package, tmp_path)
     modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -328,73 +318,3 @@ def test_a_package_of_what_is_not_there(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="python export.py slim"):
         export.main([])
-
-
-# The notebook
-
-def notebook():
-    return json.loads((PROJECT / "colab.ipynb").read_text())["cells"]
-
-
-def test_the_notebook_runs_from_the_package_alone(base, package, tmp_path):
-    """Unpacked in an empty folder, with base weights beside it: every cell, in a fresh kernel."""
-    pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    unpack(package, tmp_path)
-    export.slim(f"{base}/base.pt", tmp_path / "base.safetensors", "tiny", torch.float32)
-    code = ("import nbformat, nbclient; book = nbformat.read('colab.ipynb', 4); "
-            "nbclient.NotebookClient(book, timeout=300).execute(); "
-            "nbformat.write(book, 'done.ipynb')")
-    result = run_python(["-c", code], tmp_path, timeout=400)
-    assert result.returncode == 0, result.stderr
-    cells = json.loads((tmp_path / "done.ipynb").read_text())["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "steps [0, 2, 4], 3 trajectories" in text and "3 pairs of 3 episodes" in text
-    assert "Δx–Δy" in text and "change against baseline" in text and "largest difference 0" in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    names = zipfile.ZipFile(tmp_path / "results.zip").namelist()
-    assert {"results/landscapes.npz", "results/comparison.json", "results/metrics.csv",
-            "results/landscapes_xy.png"} <= set(names)
-
-
-def test_the_notebook_finds_the_zip_and_says_when_it_is_cut(package, tmp_path):
-    """The cell that unpacks, outside of Colab: a zip beside the notebook, whole and cut short."""
-    cells = ["".join(cell["source"]) for cell in notebook() if cell["cell_type"] == "code"]
-    (tmp_path / "cells.py").write_text("\n".join(cells[:2]))
-    assert "no checkpoints_for_colab.zip in" in run_python(["cells.py"], tmp_path).stderr
-    (tmp_path / "checkpoints_for_colab.zip").write_bytes(package.read_bytes()[:9000])
-    cut = run_python(["cells.py"], tmp_path)
-    assert "checkpoints_for_colab.zip: cut short or damaged" in cut.stderr
-    assert "Traceback" not in cut.stderr
-    shutil.copy(package, tmp_path / "checkpoints_for_colab.zip")
-    whole = run_python(["cells.py"], tmp_path)
-    assert "steps [0, 2, 4], 3 trajectories" in whole.stdout, whole.stderr
-
-
-def test_the_notebook_is_committed_without_outputs():
-    for cell in notebook():
-        source = "".join(cell["source"])
-        assert "pip install" not in source
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"] and cell["execution_count"] is None
-            assert all(len(line) <= 100 for line in source.splitlines())
-
-
-@pytest.mark.parametrize("line, says", [
-    ("    !nvidia-smi", ""), ("    %matplotlib inline", ""),
-    ("import energy as", "cell 3 is not Python")])
-def test_a_notebook_edited_in_colab_is_packed_or_named(monkeypatch, tmp_path, line, says):
-    shutil.copytree(export.PROJECT, tmp_path / "project", ignore=shutil.ignore_patterns(
-        "runs", ".*", "tests", "docs"))
-    notebook = tmp_path / "project/colab.ipynb"
-    content = json.loads(notebook.read_text())
-    content["cells"][2] = {"cell_type": "code", "source": ["if True:\n", line]} if not says else {
-        "cell_type": "code", "source": [line]}
-    notebook.write_text(json.dumps(content))
-    monkeypatch.setattr(export, "PROJECT", tmp_path / "project")
-    if says:
-        with pytest.raises(ValueError, match=says):
-            export.source_files()
-    else:
-        assert {"energy.py", "latents.py", "fast/networks.py"} <= set(export.source_files())
