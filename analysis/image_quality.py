@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from analysis.compare import interval
-from analysis.table import COLUMNS, cell_text, shortened
+from analysis.table import COLUMNS, cell_text, legend_of
 
 
 CHANGED = 16            # of 255: by how much a pixel differs from the context to count as changed
@@ -21,6 +21,7 @@ METRICS = {"psnr": "PSNR (dB) ↑", "psnr_changed": "PSNR (dB)\nwhere pixels cha
            "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
 LOWER_IS_BETTER = "lpips"
 IN_TABLE = 1, 2, 4, 8       # steps ahead
+LONGEST_NAME = 24           # characters of a checkpoint's, in the table
 
 LPIPS_SMALLEST = 64         # pixels of the patches on which LPIPS was calibrated
 LPIPS_AT_A_TIME = 32        # pictures: AlexNet's features of 32 with 256² pixels take 0.1 GB
@@ -180,9 +181,14 @@ def _cell(values, clusters):
 
 def table(result):
     """What `quality` found, as text: a row for each line of the strips, for some horizons."""
-    any_row = next(iter(result["rows"].values()))
-    blocks = [_block(metric, result["rows"]) for metric in METRICS if metric in any_row]
-    return "\n\n".join("\n".join(lines) for lines in blocks)
+    rows, legend = result["rows"], []
+    checkpoints = [name for name in rows if name not in (CEILING, COPY)]
+    if max(map(len, checkpoints), default=0) > LONGEST_NAME:
+        letters, legend = legend_of(checkpoints)
+        short = dict(zip(checkpoints, letters))
+        rows = {short.get(name, name): row for name, row in rows.items()}
+    blocks = [_block(metric, rows) for metric in METRICS if metric in next(iter(rows.values()))]
+    return "\n\n".join("\n".join(lines) for lines in [*blocks, *[legend] * bool(legend)])
 
 
 def _block(metric, rows):
@@ -190,7 +196,7 @@ def _block(metric, rows):
     head, digits = METRICS[metric].replace("\n", " "), 1 if metric.startswith("psnr") else 2
     K = len(next(iter(rows.values()))[metric])
     steps = [k for k in IN_TABLE if k <= K]
-    cells = {f"  {shortened(name, 26)}": {k: cell_text(row[metric][k - 1], digits) for k in steps}
+    cells = {f"  {name}": {k: cell_text(row[metric][k - 1], digits) for k in steps}
              for name, row in rows.items()}
     width = max(18, *(len(cell) + 1 for row in cells.values() for cell in row.values()))
     # The nearest and the farthest say most.

@@ -9,6 +9,7 @@ same as it moves. imagination.png: PSNR, SSIM and LPIPS by horizon.
 import io
 from fractions import Fraction
 from importlib.util import find_spec
+from textwrap import wrap
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,8 @@ FOLDER = "imagination"  # beside landscapes.npz; report.html shows the PNG files
 N_PAIRS = 6             # that are drawn, of different episodes first
 DPI = 200               # of the figures: a picture has fewer pixels than text needs
 N_STEPS = 8             # columns of a strip, as many as a page holds
-LONGEST_NAME = 20       # characters
+LONGEST_NAME = 48       # characters, in lines of …
+LINE = 15               # … as many as stand beside a picture
 SMALLEST = 128          # pixels of a picture in a video
 FRAMES_A_SECOND = 2
 TRUE = "true frames"
@@ -79,11 +81,11 @@ def strip(arrays, p):
 
 def _grid(rows, titles, title=""):
     """A Figure of {name of the row: pictures} under the titles of the columns."""
-    width, height = len(titles) + 1.0, len(rows) + 0.4                  # inches; a panel has one
+    width, height = len(titles) + 1.1, len(rows) + 0.4                  # inches; a panel has one
     with matplotlib.rc_context(STYLE):
         # By hand: constrained layout would take seconds for so many panels.
         figure = Figure(figsize=(width, height))
-        figure.subplots_adjust(left=0.95 / width, right=1 - 0.05 / width, bottom=0.03 / height,
+        figure.subplots_adjust(left=1.05 / width, right=1 - 0.05 / width, bottom=0.03 / height,
                                top=1 - 0.37 / height, wspace=0.03, hspace=0.03)
         panels = figure.subplots(len(rows), len(titles), squeeze=False)
         for row, (name, pictures) in zip(panels, rows.items()):
@@ -98,7 +100,7 @@ def _grid(rows, titles, title=""):
 
 
 def _broken(name):
-    return shortened(name, LONGEST_NAME).replace(" of the ", "\nof the ").replace("d t", "d\nt")
+    return "\n".join(wrap(shortened(name, LONGEST_NAME), LINE))
 
 
 def curves(result):
@@ -118,7 +120,7 @@ def curves(result):
                                    for key in ("mean", "low", "high"))
                 steps, (colour, line) = np.arange(1, len(mean) + 1), styles[name]
                 panel.plot(steps, mean, line, marker="o", ms=2.5, color=colour,
-                           label=shortened(name, LONGEST_NAME))
+                           label=_broken(name))
                 panel.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
             panel.set(title=METRICS[metric], xlabel="steps ahead")
             panel.set_xticks(steps[::-(-len(steps) // N_STEPS)])
@@ -151,7 +153,9 @@ def video(arrays, p):
             # Pixels stay squares: a smooth picture would look better than what was predicted.
             picture.paste(Image.fromarray(frames[step]).resize((side, side), Image.NEAREST),
                           (side * i, bar))
-            title = "copy" if name == COPY else shortened(name, side // 7)
+            # In one line: without how much of this a checkpoint was trained on.
+            name = "copy" if name == COPY else name.partition(" (trained on ")[0]
+            title = shortened(name, side // 7)
             draw.text((side * i + 3, 1), title, fill="black")
         pictures.append(np.asarray(picture))
     return np.stack(pictures)

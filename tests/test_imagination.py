@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import energy
@@ -322,6 +323,26 @@ def test_a_strip_shows_what_it_says(arrays):
     np.testing.assert_array_equal(shown[3][2], arrays["imagined"][1, 2, 1])
     np.testing.assert_array_equal(shown[3][0], arrays["decoded"][2, 0])
     np.testing.assert_array_equal(shown[4][3], arrays["frames"][2, 0])
+
+
+@pytest.mark.parametrize("names", [
+    ["baseline", "step_5 (trained on 1 of these 3)", "step_9 (trained on 1 of these 3)"],
+    ["n" * 90, "runs/a/" + "long-name-" * 5 + "step_5", "x y z " * 30]])
+def test_long_names_are_told_apart_and_not_cut(arrays, names):
+    arrays = arrays | {"checkpoints": np.array(names),
+                       "imagined": np.concatenate([arrays["imagined"], arrays["imagined"][:1]])}
+    result = quality(arrays)
+    strip, curves = strips.strip(arrays, 0), strips.curves(result)
+    labels = [panel.yaxis.label for panel in strip.axes if panel.get_ylabel()]
+    assert len({label.get_text() for label in labels}) == len(labels) == 6
+    for figure, texts in ((strip, labels), (curves, curves.legends[0].get_texts())):
+        FigureCanvasAgg(figure).draw()
+        edges = [text.get_window_extent() for text in texts]
+        assert min(box.x0 for box in edges) >= 0 and max(box.x1 for box in edges) <= figure.bbox.x1
+    *_, a, b, c = image_quality.table(result).splitlines()
+    assert all(len(line) <= 100 for line in image_quality.table(result).splitlines())
+    if "baseline" in names:
+        assert [a, b, c] == [f"{letter}: {name}" for letter, name in zip("ABC", names)]
 
 
 def test_an_mp4_has_the_pictures():
