@@ -7,6 +7,7 @@ import numpy as np
 from analysis.measures import AXES, COORDINATE_DECIMALS
 from analysis.table import PLANNERS
 from files.reading import shown
+from settings.limits import CHOICES
 
 
 KINDS = {"text": "U", "int": "iu", "real": "iuf", "u8": "u"}
@@ -59,8 +60,9 @@ def check(arrays):
         _check_array(arrays, name, spec, sizes)
     planes = arrays["planes"].tolist()
     for plane in planes:
-        if not plane or len(set(plane)) < len(plane) or set(plane) - set("xyz"):
-            raise ValueError(f"planes holds {shown(plane)}, expected axes of xyz")
+        if plane not in CHOICES["energy.planes"]:
+            raise ValueError(f"planes holds {shown(plane)}, expected one of "
+                             f"{', '.join(CHOICES['energy.planes'])}")
         for name, spec in PLANE.items():
             _check_array(arrays, name.format(plane), spec.format(plane), sizes)
         if "l2_true" in arrays:

@@ -377,7 +377,7 @@ LANDSCAPES = {
     "an energy of 1e30": (rewritten(energy_zero=at((0, 0), 1e30)), "energy_zero of baseline is"),
     "an action that is not finite": (rewritten(true_actions=at((0, 0), np.nan)), "true_actions is"),
     "shuffled actions that are undefined": (rewritten(shuffled=lambda a: a * np.nan), RIGHT),
-    "an unknown plane": (rewritten(planes=np.array(["xw"])), "planes holds 'xw'"),
+    **{p: (rewritten(planes=np.array([p])), f"planes holds '{p}'") for p in ("xw", "x", "yx")},
     "a plane twice": (rewritten(planes=np.array(["xy", "xy"])), "planes holds a name twice"),
     "a plane that is not there": (rewritten(planes=np.array(["xz"])), "has no array actions_xz"),
     "no plane": (rewritten(planes=np.array([], "U2")), "n = 0, expected 1"),
