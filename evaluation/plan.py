@@ -30,6 +30,7 @@ from evaluation.protocol import plan_horizons, with_protocol
 # Of a data set: what decides how an image, a pose and the length of a step are read.
 AS_RECORDED = ("crop", "rotation", "position_scale", "pose_slice", "gripper", "frame_step",
                "step_seconds", "fps")
+SMALLEST = 32           # pixels of a side: scaled up from fewer, an image shows next to nothing
 POINTS = 5              # an axis, of the moves that show how deep the landscape is
 
 
@@ -68,12 +69,10 @@ class Planner:
         self.adapter = adapter
 
     def encode(self, image):
-        """An image of any size, [H, W, 3] uint8 RGB, as recorded: it is cropped as data.crop says.
-        Returns its latents [N, D]. Raises ValueError."""
+        """An image of SMALLEST pixels a side or more, [H, W, 3] uint8 RGB, as recorded: it is
+        cropped as data.crop says. Returns its latents [N, D]. Raises ValueError."""
         image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image is {image.dtype} {list(image.shape)}, expected uint8 "
-                             "[H, W, 3], RGB")
+        check_image(image, "an image")
         check_size(*image.shape[:2], self.data.crop, self.size)
         frame = crop_frames(image[None], self.data.crop, self.size)             # [1, S, S, 3]
         frame = frame.permute(3, 0, 1, 2)[None].to(self.device)                 # [1, 3, 1, S, S]
@@ -114,6 +113,17 @@ def data_of(cfg):
     return with_rate(data, 0, "plan") if data.step_seconds else data
 
 
+def check_image(image, name):
+    """Raises ValueError unless an array is an image from which can be planned."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"{name} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3], "
+                         "RGB")
+    height, width, _ = image.shape
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"{name} has {height} × {width} pixels, too few to plan from; give it as "
+                         f"the camera takes it, with {SMALLEST} pixels a side or more")
+
+
 def read_image(path):
     """An image file as [H, W, 3] uint8 RGB. Raises ValueError."""
     # Pillow comes with Matplotlib.
@@ -152,6 +162,8 @@ def plan(cfg, image, pose, goal, adapter=BASELINE):
     ValueError and OSError."""
     # Before the networks, which take minutes to load.
     pose, images = read_pose(pose, data_of(cfg)), [read_image(image), read_image(goal)]
+    for path, one in zip((image, goal), images):
+        check_image(one, path)
     # Whoever compares two cameras plans nonsense, which no number below would show.
     (h, w), (goal_h, goal_w) = (one.shape[:2] for one in images)
     if abs(w / h - goal_w / goal_h) > 0.02 * w / h:

@@ -56,7 +56,7 @@ OPTIONS = {
                 "make all combinations",
         "expected": "check: a JSON file of values to expect, in place of the released weights'",
         "all": "all metrics of all groups below the verdict",
-        "image": "plan: what the camera sees now, a PNG or JPEG of any size",
+        "image": "plan: what the camera sees now, a PNG or JPEG of 32 × 32 pixels or more",
         "pose": "plan: the gripper's pose then, as the data have it, such as "
                 "\"[0.4,0,0.3,3.14,0,0,0]\"",
         "goal": "plan: an image of what is wanted",

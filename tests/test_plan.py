@@ -140,7 +140,10 @@ def test_the_words_are_the_numbers(base):
     (["--pose="], "--pose needs one value"),
     (["--goal=absent.png"], "absent.png: no such image"),
     (["--goal=README.md"], "README.md: cannot be read as an image"),
-    (["--image={wide}"], "24 × 48 pixels and"),
+    (["--image={wide}"], "48 × 96 pixels and"),
+    (["--image={dot}"], "dot.png has 1 × 1 pixels, too few to plan from; give it as the camera"),
+    (["--image={dot}", "--goal={dot}"], "dot.png has 1 × 1 pixels"),
+    (["--goal={low}"], "low.png has 31 × 200 pixels, too few"),
     (["--image={deep}"], "of mode I;16; store it with 8 bits"),
     (["--image={cut}"], "cut.png: cannot be read as an image"),
     (["--replay=episode"], "--image: a replay takes its images and poses from the episode"),
@@ -154,11 +157,13 @@ def test_the_words_are_the_numbers(base):
 ])
 def test_what_cannot_be_planned_from_is_one_line(base, images, tmp_path, args, says):
     folder = images[0]
-    Image.new("RGB", (48, 24)).save(tmp_path / "wide.png")
+    Image.new("RGB", (96, 48)).save(tmp_path / "wide.png")
     Image.fromarray(np.zeros((24, 24), np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (200, 31)).save(tmp_path / "low.png")
     (tmp_path / "cut.png").write_bytes((folder / "now.png").read_bytes()[:120])
-    args = [arg.format(wide=tmp_path / "wide.png", deep=tmp_path / "deep.png",
-                       cut=tmp_path / "cut.png") for arg in args]
+    names = {name: tmp_path / f"{name}.png" for name in ("wide", "deep", "cut", "dot", "low")}
+    args = [arg.format(**names) for arg in args]
     given = {arg.partition("=")[0] for arg in args}
     usual = [f"--image={folder}/now.png", f"--goal={folder}/goal.png", f"--pose={POSE}"]
     with pytest.raises(SystemExit) as end:
@@ -204,9 +209,9 @@ def test_a_pose_that_can_be_right_is_taken(base, keys, pose):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 def test_images_of_any_kind_and_size_become_rgb(base, mode, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new("RGB", (37, 20), (255, 255, 255)).convert(mode).save(path)
+    Image.new("RGB", (57, 32), (255, 255, 255)).convert(mode).save(path)
     image = plan.read_image(path)
-    assert image.shape == (20, 37, 3) and image.dtype == np.uint8 and image.min() > 250
+    assert image.shape == (32, 57, 3) and image.dtype == np.uint8 and image.min() > 250
     for crop in ("center", "droid", "none"):
         h = plan.Planner(recipe(base, base, f"--data.crop={crop}")).encode(image)
         assert h.ndim == 2 and h.isfinite().all()
