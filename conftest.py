@@ -4,6 +4,7 @@ The tests' networks are small: more threads gain nothing, and threads that wait 
 minutes.
 """
 import os
+import shutil
 
 import pytest
 
@@ -11,6 +12,7 @@ import files.imports  # noqa: F401 (before tests import TensorFlow)
 
 
 os.environ["OMP_NUM_THREADS"] = "1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,18 @@ def npz(tmp_path_factory):
 def source(request):
     """(folder, names of the episodes in it): .npz knows no failures."""
     return request.getfixturevalue(request.param), "abcd" if request.param == "rlds" else "abcde"
+
+
+# Reports
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    with api.sync_playwright() as playwright:
+        one = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield one
+        one.close()

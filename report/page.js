@@ -577,16 +577,18 @@
 
   // Turning the surface
 
+  const TILTS = [5, 90];
   let drag = null;
   function turn(dx, dy) {
     state.turn = ((state.turn + dx + 540) % 360) - 180;
-    state.tilt = Math.max(5, Math.min(90, state.tilt + dy));
+    state.tilt = Math.max(TILTS[0], Math.min(TILTS[1], state.tilt + dy));
     [el("turn").value, el("tilt").value] = [state.turn, state.tilt];
     drawSurface(current(), marks(current(), state.checkpoint, state.pair), scaleOf(current()));
   }
   el("surface").addEventListener("pointerdown", (event) => {
-    drag = [event.clientX, event.clientY];
-    el("surface").setPointerCapture(event.pointerId);
+    // A second finger enlarges the page.
+    drag = event.isPrimary ? [event.clientX, event.clientY] : null;
+    if (drag) el("surface").setPointerCapture(event.pointerId);
   });
   el("surface").addEventListener("pointermove", (event) => {
     if (!drag) return;
@@ -596,6 +598,17 @@
   for (const name of ["pointerup", "pointercancel"]) {
     el("surface").addEventListener(name, () => { drag = null; });
   }
+  // A finger that moves up or down tilts, and where the tilt has come to its end scrolls the page:
+  // the surface fills the screen of a phone, and must not hold on to it.
+  let touched = null;
+  el("surface").addEventListener("touchstart", ({touches}) => {
+    touched = [touches[0].clientX, touches[0].clientY];
+  }, {passive: true});
+  el("surface").addEventListener("touchmove", (event) => {
+    const [x, y] = [event.touches[0].clientX - touched[0], event.touches[0].clientY - touched[1]];
+    const scrolls = Math.abs(y) > Math.abs(x) && state.tilt === TILTS[y > 0 ? 1 : 0];
+    if (event.touches.length === 1 && event.cancelable && !scrolls) event.preventDefault();
+  }, {passive: false});
   el("surface").addEventListener("keydown", (event) => {
     const step = ARROWS[event.key];
     if (!step) return;

@@ -1,4 +1,5 @@
-"""Arrays and pages for the tests of report.html."""
+"""Arrays, pages and tabs of a browser for the tests of report.html."""
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from energy import grid
 from report import page
 
 
+READY = "document.querySelector('#map').width > 100"
 # Names as file systems and people make them: each shows as text and does nothing else.
 ODD_NAMES = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"quotes' & `ticks`",
@@ -53,3 +55,23 @@ def make_quick(monkeypatch):
 def text_of(arrays, **others):
     """The page of arrays."""
     return page.page(arrays, compare.compare(arrays), **others)
+
+
+@contextmanager
+def opened(browser, path, width=1280, ready=READY, **options):
+    """A tab with the page; nothing in it may fail, and nothing may be loaded. ready: what is true
+    when its script has run."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+    tab, faults = context.new_page(), []
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("request", lambda request: request.url.startswith(("data:", "file:"))
+           or faults.append(request.url))
+    tab.goto(path.as_uri())
+    if ready:
+        tab.wait_for_function(ready)
+    files = tab.evaluate("performance.getEntriesByType('resource')"
+                         ".filter((one) => !one.name.startsWith('data:')).length")
+    yield tab
+    assert not faults and files == 0
+    context.close()

@@ -1,30 +1,14 @@
 """report.html in a browser without a window: every control does what it says, at two widths."""
-import shutil
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
-from reports import ODD_NAMES, made, make_quick
+from reports import ODD_NAMES, made, make_quick, opened
 
 from analysis import compare
 from report import page
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 C, P, POINTS = 3, 5, 7
 PAIR = 1                # whose true action is outside of the grid
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    with api.sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield one
-        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +22,6 @@ def report(tmp_path_factory):
         make_quick(patch)
         page.write(folder, arrays, compare.compare(arrays))
     return folder / "report.html", arrays
-
-
-@contextmanager
-def opened(browser, path, width=1280, **options):
-    """A tab with the page; nothing in it may fail, and nothing may be loaded."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-    tab, faults = context.new_page(), []
-    tab.on("console", lambda message: faults.append(message.text))
-    tab.on("pageerror", lambda error: faults.append(str(error)))
-    tab.on("request", lambda request: request.url.startswith(("data:", "file:"))
-           or faults.append(request.url))
-    tab.goto(path.as_uri())
-    tab.wait_for_function("document.querySelector('#map').width > 100")
-    files = tab.evaluate("performance.getEntriesByType('resource')"
-                         ".filter((one) => !one.name.startsWith('data:')).length")
-    yield tab
-    assert not faults and files == 0
-    context.close()
 
 
 def place(tab, i, j, points=POINTS):
@@ -241,6 +207,34 @@ def test_dragging_turns_the_surface_and_sliders_too(browser, report):
         before = pixels(tab, "#surface")
         tab.locator("#tilt").fill("80")
         assert pixels(tab, "#surface") != before
+
+
+def test_a_finger_turns_and_tilts_the_surface_and_then_scrolls(browser, report):
+    with opened(browser, report[0], 400, has_touch=True, is_mobile=True) as tab:
+        tab.locator("#surface").scroll_into_view_if_needed()
+        box, touch = tab.locator("#surface").bounding_box(), tab.context.new_cdp_session(tab)
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+        def swipe(dx, dy, fingers=1):
+            """-> (turn, tilt, how far the page was scrolled)"""
+            before = tab.evaluate("scrollY")
+            for n in range(9):
+                touch.send("Input.dispatchTouchEvent", {
+                    "type": "touchMove" if n else "touchStart",
+                    "touchPoints": [{"x": x + 20 * f + n * dx / 8, "y": y + n * dy / 8, "id": f}
+                                    for f in range(fingers)]})
+            touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            tab.wait_for_timeout(200)
+            return (float(tab.input_value("#turn")), float(tab.input_value("#tilt")),
+                    tab.evaluate("scrollY") - before)
+
+        assert swipe(80, 0) == (-100, 35, 0)
+        assert swipe(0, 80) == (-100, 67, 0)
+        assert swipe(0, -40) == (-100, 51, 0)
+        assert swipe(0, 40, fingers=2)[:2] == (-100, 51)
+        turned, tilt, _ = swipe(0, -160)
+        assert (turned, tilt) == (-100, 5)
+        assert swipe(0, -160)[2] > 80
 
 
 def test_a_finger_reads_energies(browser, report):
