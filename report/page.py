@@ -2,11 +2,9 @@
 
     page.write(folder, arrays, result)
 
-What comes from data – names, log lines – passes `report.text.html` or `viewer.to_json`; a content
-security policy lets no other script run, and nothing be loaded.
+What comes from data – names, log lines – passes `report.text.html` or `viewer.to_json`.
 """
 import base64
-import hashlib
 import io
 import re
 import shlex
@@ -23,12 +21,12 @@ from analysis.table import shown_names
 from analysis.verdict import verdict
 from files import write_file
 from files.reading import read_bytes
-from report import logs, tables, viewer
+from report import logs, moves, tables, viewer
 from report.charts import Line, chart
+from report.document import document, fill, read
 from report.text import html
 
 
-HERE = Path(__file__).parent
 # What a reader must see before anything else in a sentence of the verdict.
 BAD = re.compile(r"IGNORES|NOT SHOWN|FLAT|WORSE|TOO LITTLE|WARNING")
 # Of strips: bytes of a file that is read, of all images in the page, and pixels of their width.
@@ -46,24 +44,17 @@ def write(folder, arrays, result, also=None):
 
 def page(arrays, result, also=None, title="", strips="", curves=()):
     """The page as text. curves: of `logs.of_arrays`; strips: HTML."""
-    script = _read("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {
-        "title": html(title), "style": _read("page.css"), "script": script, "digest": digest,
+    main = fill("page.html", {
         "verdict": _verdict(result, also), "remarks": _remarks(result),
-        "numbers": tables.main_numbers(result), "glossary": tables.glossary(),
-        "data": viewer.to_json(viewer.content(arrays, result)), "strips": strips,
+        "numbers": tables.main_numbers(result), "glossary": tables.glossary(), "strips": strips,
         "curves": _curves(curves), "charts": _charts(arrays, result),
-        "about": _about(arrays, result), "pairs": tables.pairs(arrays),
+        "about": _about(arrays, result), "moves": moves.histograms(arrays),
+        "axes": moves.axes(arrays), "pairs": tables.pairs(arrays),
         "controls": tables.controls(arrays, result), "all": tables.all_metrics(result),
         "settings": _settings(arrays),
-    }
-    # In one pass: what is put in is not searched for places again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
-
-
-def _read(name):
-    return (HERE / name).read_text(encoding="utf-8")
+    })
+    return document("Energy landscapes", title, main, read("page.js"),
+                    viewer.to_json(viewer.content(arrays, result)))
 
 
 def _verdict(result, also):
