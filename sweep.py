@@ -11,8 +11,9 @@ all runs have come so far: what goes on depends neither on the order nor on the 
 was killed goes on when it is called again, and ends with the same table.
 
 With several GPUs each takes a run; --workers=N is for a CPU. A process reads the base's weights
-once for runs from stored latents, and copies them for each run. In out_dir/sweep: sweep.csv,
-sweep.json (every validation) and sweep.png; the output of each run is in its log.txt.
+once for runs from stored latents, and copies them for each run. In out_dir/sweep: report.html, to
+open in a browser, sweep.csv, sweep.json (every validation) and sweep.png; the output of each run is
+in its log.txt.
 """
 import copy
 import csv
@@ -47,6 +48,7 @@ import train
 from analysis import sweeps
 from episodes.prefetch import cores
 from files.reading import read_json
+from report import sweep_page
 from running import settings, stop, sweep_line
 from running.best import CRITERIA
 from running.lock import Lock
@@ -90,10 +92,20 @@ def sweep(given):
     files.write_file(out / "sweep.json", json.dumps(result, indent=1).encode())
     text = io.StringIO()
     csv.writer(text).writerows(sweeps.rows(result))
-    files.write_file(out / "sweep.csv", text.getvalue().encode())
+    files.write_file(out / "sweep.csv", text.getvalue().encode(errors="backslashreplace"))
     sweeps.draw(result, out / "sweep.png")
-    print(f"\n{sweeps.summary(result)}\n\n{out}: sweep.csv, sweep.json, sweep.png")
+    shared = {name: value for name, value in settings.kept(given.cfg).items()
+              if name not in given.values}
+    sweep_page.write(out, result, shared, _command(given))
+    print(f"\n{sweeps.summary(result)}\n\n{out}: report.html, sweep.csv, sweep.json, sweep.png")
     return result
+
+
+def _command(given):
+    """The words of this command."""
+    options = [f"--{name}={value}" for name, values in given.options.items()
+               for value in (values if isinstance(values, list) else [values])]
+    return ["python", "sweep.py", *given.paths, *given.keys, *options]
 
 
 class Run:

@@ -82,12 +82,12 @@ def sentences(result):
     failed = [run for run in result["runs"] if run["state"] == "failed"]
     if failed:
         yield (f"{len(failed)} of {len(result['runs'])} runs failed, the first one "
-               f"({_title(failed[0])}): {failed[0]['fault']}")
+               f"({title(failed[0])}): {failed[0]['fault']}")
     if not finished:
         yield "No run came to its end with a value to compare."
         return
     best, value = finished[0], finished[0]["validations"][-1][name]
-    yield (f"Best by {result['criterion']}: {_title(best)}, {value:.4g} at step {best['step']}, in "
+    yield (f"Best by {result['criterion']}: {title(best)}, {value:.4g} at step {best['step']}, in "
            f"{best['folder']}.")
     base = best["validations"][0].get(name) if best["validations"][0]["step"] == 0 else None
     if base is not None:
@@ -101,7 +101,7 @@ def sentences(result):
     if len(finished) > 1:
         other = finished[1]["validations"][-1][name]
         if abs(other - value) < CLOSE * abs(value):
-            yield (f"{_title(finished[1])} differs by {abs(other / value - 1):.1%}, which another "
+            yield (f"{title(finished[1])} differs by {abs(other / value - 1):.1%}, which another "
                    "seed may turn round (--over=seed=0,1,2).")
     yield from _edges(result, best)
     data = [key for key in best["values"]
@@ -114,8 +114,8 @@ def sentences(result):
 def _edges(result, best):
     """Where the best value is the smallest or largest one that was tried."""
     for key, text in best["values"].items():
-        tried = [_number(run["values"][key]) for run in result["runs"]]
-        here = _number(text)
+        tried = [number(run["values"][key]) for run in result["runs"]]
+        here = number(text)
         # A seed has no order, and neither have names.
         if key == "seed" or None in tried or len(set(tried)) < 2:
             continue
@@ -124,15 +124,34 @@ def _edges(result, best):
                 yield f"{key}={text} is the {word} that was tried: the best may lie beyond it."
 
 
-def _title(run):
+def title(run):
+    """What tells a run from the others, as text."""
     return " ".join(f"{key}={text}" for key, text in run["values"].items())
 
 
-def _number(text):
+def number(text):
+    """A value as a finite float, None if it is none."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
+
+
+def at_common_step(result):
+    """(the last step that all runs have reached or None, the value of each run there or None): runs
+    that were stopped are not to be compared with what others reached after that."""
+    values = [{one["step"]: one[result["name"]] for one in run["validations"]
+               if result["name"] in one} for run in result["runs"]]
+    known = [some for some, run in zip(values, result["runs"]) if run["state"] != "failed"]
+    common = set.intersection(*map(set, known)) - {0} if known else set()
+    step = max(common, default=None)
+    return step, [some.get(step) for some in values]
+
+
+def on_log_scale(numbers):
+    """Whether values of a key are drawn by their logarithms."""
+    return min(numbers) > 0 and max(numbers) > 4 * min(numbers)
 
 
 def draw(result, path):
@@ -166,26 +185,23 @@ def _draw_curves(panel, result):
 
 def _draw_values(panel, result, key):
     """All runs at the last step that all of them have reached, by their value of a key."""
-    name = result["name"]
-    known = [{one["step"]: one[name] for one in run["validations"] if name in one}
-             for run in result["runs"] if run["state"] != "failed"]
-    # Runs that were stopped are not to be compared with what others reached after that.
-    common = set.intersection(*map(set, known)) - {0} if known else set()
+    step, reached = at_common_step(result)
     texts = list(dict.fromkeys(run["values"][key] for run in result["runs"]))
-    numbers = [_number(text) for text in texts]
+    numbers = [number(text) for text in texts]
     as_numbers = None not in numbers and len(texts) > 1
-    if as_numbers and min(numbers) > 0 and max(numbers) > 4 * min(numbers):
+    if as_numbers and on_log_scale(numbers):
         panel.set_xscale("log")
         panel.minorticks_off()
     if len(texts) <= MOST_TICKS:
         at = numbers if as_numbers else range(len(texts))
-        panel.set_xticks(at, [shortened(text, 12) for text in texts])
-    for i, run in enumerate(result["runs"]):
-        points = {one["step"]: one.get(name) for one in run["validations"]}
-        if common and points.get(max(common)) is not None:
+        # Of a path the bytes may be no text, which no font can draw.
+        panel.set_xticks(at, [shortened(text, 12).encode(errors="backslashreplace").decode()
+                              for text in texts])
+    for i, (run, value) in enumerate(zip(result["runs"], reached)):
+        if value is not None:
             text = run["values"][key]
-            x = _number(text) if as_numbers else texts.index(text)
-            panel.plot(x, points[max(common)], "o", ms=4, color=COLOURS[1] if i == 0 else "0.6",
+            x = number(text) if as_numbers else texts.index(text)
+            panel.plot(x, value, "o", ms=4, color=COLOURS[1] if i == 0 else "0.6",
                        zorder=3 if i == 0 else 2)
-    panel.set(xlabel=key, title=f"at step {max(common)}" if common else "no step in common")
+    panel.set(xlabel=key, title=f"at step {step}" if step else "no step in common")
     panel.spines[["top", "right"]].set_visible(False)
