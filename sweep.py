@@ -20,14 +20,9 @@ import csv
 import gc
 import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +44,7 @@ from analysis import sweeps
 from episodes.prefetch import cores
 from files.reading import read_json
 from report import sweep_page
-from running import settings, stop, sweep_line
+from running import processes, settings, stop, sweep_line
 from running.best import CRITERIA
 from running.lock import Lock
 from running.log import validations
@@ -242,13 +237,11 @@ class Workers:
         self.n = given.workers or max(1, n_gpus)
         self.pool = None
         if self.n > 1:
-            context = multiprocessing.get_context("spawn")
-            devices = context.Queue()
+            devices = processes.SPAWN.Queue()
             for i in range(self.n):
                 devices.put(i % n_gpus if n_gpus else None)
             threads = 0 if n_gpus else max(1, cores() // self.n)
-            self.pool = ProcessPoolExecutor(self.n, context, _begin,
-                                            (devices, threads, os.getpid()))
+            self.pool = processes.Pool(self.n, _begin, devices, threads)
 
     def __enter__(self):
         return self
@@ -289,8 +282,8 @@ class Workers:
                           "command goes on, with fewer --workers if need be") from None
 
 
-def _begin(devices, threads, parent):
-    """In a worker: its GPU, and its end if the sweep is killed."""
+def _begin(devices, threads):
+    """In a worker: its GPU and its threads."""
     # Before CUDA is initialised, which is when it looks at the variable.
     device = devices.get()
     if device is not None:
@@ -298,21 +291,13 @@ def _begin(devices, threads, parent):
     if threads:
         torch.set_num_threads(threads)
 
-    # A process whose parent was killed goes on, and would hold the lock of its run.
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-    threading.Thread(target=watch, daemon=True).start()
-
 
 def _train(cfg):
     """Trains one run, with its output in log.txt -> "", or why it ended."""
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            train.train(cfg, load_once)
+        processes.logged(out / "log.txt", train.train, cfg, load_once)
     except ValueError as error:
         return " ".join(str(error).split())
     finally:

@@ -17,11 +17,15 @@ import model
 import tabletop
 import toy
 import train
+from analysis.image_quality import CEILING, COPY
 from checkpoint import saved_steps
 from episodes.stored import StoredLatents
 from episodes.windows import in_split
 from evaluation.plan import Planner
 from evaluation.replay import distance, find_episode, replay
+from running import processes
+from tabletop import imagined
+from tabletop.results import print_summary, turned_error
 
 
 pytest.importorskip("tensorflow")
@@ -33,46 +37,47 @@ def experiment(tmp_path_factory):
     so. Yields the folder and what `run_experiment` returns."""
     out, threads = tmp_path_factory.mktemp("toy"), torch.get_num_threads()
     torch.set_num_threads(1)                # as toy.py does
-    results = toy.run_experiment(
-        out, n_episodes=60, encoder_steps=150, predictor_steps=450, overrides=[
-            "--max_steps=150", "--save_every=150", "--val_every=150", "--decay_steps=50",
-            "--batch_size=24", "--energy.pairs=12", "--energy.grid=11", "--energy.cem_samples=24",
-            "--energy.cem_iterations=4"])
+    with processes.Pool(1, torch.set_num_threads, 1) as pool:
+        results = toy.run_experiment(
+            out, n_episodes=60, encoder_steps=150, predictor_steps=600, decoder_steps=200,
+            submit=pool.submit, overrides=[
+                "--max_steps=150", "--save_every=75", "--val_every=150", "--decay_steps=50",
+                "--batch_size=24", "--energy.pairs=12", "--energy.grid=11",
+                "--energy.cem_samples=24", "--energy.cem_iterations=4"])
     torch.set_num_threads(threads)
     return out, results
 
 
 def test_the_science(experiment):
-    """What toy.py is about, with room for other machines. In brackets what seeds 0, 1 and 2 gave so
-    cut short; 0 is run here.
+    """What toy.py is about, with room for other machines. In brackets what it gave so cut short.
 
     Each of these was broken once and failed here: the rollout of the training loss (val_rollout
     1.15 of val_teacher_forcing), the rollout of the analysis (which is the loss's, computed anew),
     an adapter that is saved but not loaded (LoRA no better than the base model), x and y swapped in
     the landscapes (base model on A 14.7 cm) or in the training data (turned error 13.6), latents
     stored without their layer norm (the last lines)."""
-    out, (A, B, result_A, result_B) = experiment
+    out, (A, B, result_A, result_B, _) = experiment
 
     def mean(result, name, metric, group="xy"):
         return result["checkpoints"][name]["numbers"][group][metric]["mean"]
 
     base, last, control = "baseline", "step_150", "shuffled_control"
     # distances in cm
-    assert mean(result_A, base, "argmin_error") < 6.8                       # [4.9, 5.0, 5.2]
-    assert mean(result_A, base, "spearman") > 0.42                          # [.64, .53, .65]
-    assert mean(result_B, base, "argmin_error") > 7.5                       # [9.7, 10.7, 12.3]
-    assert mean(result_B, base, "spearman") < 0.45                          # [.28, .20, .11]
-    turned = toy.turned_error(B).mean()
-    assert turned < mean(result_B, base, "argmin_error") - 1                # [4.5, 7.6, 8.5]
-    assert mean(result_B, last, "argmin_error") < 6.3                       # [2.9, 4.7, 4.2]
-    assert mean(result_B, last, "spearman") > 0.5                           # [.75, .67, .68]
-    assert mean(result_B, last, "error", "cem 1") < 9                       # [5.8, 5.9, 7.2]
-    assert mean(result_B, control, "argmin_error") > 9.5                    # [12.4, 14.5, 13.8]
-    assert mean(result_B, control, "spearman") < 0.4                        # [.18, .15, .18]
-    assert mean(result_B, last, "shuffle_ratio", "model") > 1.12            # [1.30, 1.27, 1.28]
+    assert mean(result_A, base, "argmin_error") < 6.8                       # [3.2]
+    assert mean(result_A, base, "spearman") > 0.42                          # [.64]
+    assert mean(result_B, base, "argmin_error") > 7.5                       # [10.2]
+    assert mean(result_B, base, "spearman") < 0.45                          # [.24]
+    turned = turned_error(B).mean()
+    assert turned < mean(result_B, base, "argmin_error") - 1                # [4.5]
+    assert mean(result_B, last, "argmin_error") < 6.3                       # [3.0]
+    assert mean(result_B, last, "spearman") > 0.5                           # [.76]
+    assert mean(result_B, last, "error", "cem 1") < 9                       # [6.0]
+    assert mean(result_B, control, "argmin_error") > 9.5                    # [15.6]
+    assert mean(result_B, control, "spearman") < 0.4                        # [-.23]
+    assert mean(result_B, last, "shuffle_ratio", "model") > 1.12            # [1.41]
     metrics = [json.loads(line) for line in (out / "lora/metrics.jsonl").read_text().splitlines()]
     ratio = metrics[-1]["val_rollout"] / metrics[-1]["val_teacher_forcing"]
-    assert ratio < 1.11                                                     # [1.05, 1.06, 1.06]
+    assert ratio < 1.11                                                     # [1.07]
 
     stored = f"--data.latents={out}/latents_data"
     encoder, predictor = model.load(out / "base.pt", tabletop.SIZE)
@@ -86,12 +91,31 @@ def test_the_science(experiment):
     assert h.mean(-1).abs().max() < 1e-3 and (h.var(-1, correction=0) - 1).abs().max() < 1e-2
 
 
+def test_lora_imagines_what_camera_b_will_show(experiment):
+    """Decoded, LoRA's prediction is nearer to the next frame than the base model's and than a copy,
+    and its arm goes left where camera B shows left. In brackets what was found; `python toy.py`,
+    which is not cut short, finds 3.7 and 4.6 dB."""
+    found = experiment[1][4]
+    last, base = "step_150", "baseline"
+    truth = found["rows"][CEILING]["psnr"][0]["mean"]
+    assert abs(truth - found["train_psnr"]) < 1                             # [.1]
+    gains = {other: found["gains"][last][other]["psnr_changed"][0] for other in (base, COPY)}
+    assert gains[base]["low"] > 0.3 and gains[COPY]["low"] > 0.7, gains     # [.65, 1.45]
+    # Pixels to the right and down. The base model moves the arm as camera A would show it.
+    left = {name: moves["left"] for name, moves in found["moves"].items()}
+    assert left["camera"] == pytest.approx([3.8, 0], abs=0.1)
+    assert left[last][0] > 1.2 and abs(left[last][1]) < 1.2, left           # [2.4, -.7]
+    assert abs(left[base][0]) < 1 and left[base][1] < -2, left              # [-.1, -3.7]
+    assert np.abs(left["shuffled_control"]).max() < 0.5, left               # [.0, .0]
+    assert len(imagined.sentences(found).splitlines()) == 2
+
+
 def test_the_toy_leaves_what_it_says(experiment, capsys):
     out, results = experiment
-    assert {"data", "base.pt", "lora", "control", "shuffled_control", "latents_data", "energy_A",
-            "energy_B", "landscapes.png", "comparison.json", "checkpoints_for_colab.zip"
+    assert {"data", "base.pt", "lora", "control", "shuffled_control", "latents_data", "decoder",
+            "energy_A", "energy_B", "landscapes.png", "comparison.json", "checkpoints_for_colab.zip"
             } <= {path.name for path in out.iterdir()}
-    assert saved_steps(out / "lora") == [100, 150]
+    assert saved_steps(out / "lora") == [75, 150]
     lines = (out / "lora/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(steps)
@@ -102,7 +126,7 @@ def test_the_toy_leaves_what_it_says(experiment, capsys):
     comparison = results[3]
     assert comparison["controls"]["null"] == 0
     assert not [line for line in comparison["remarks"] if line.startswith("WARNING")]
-    toy.print_summary(*results)
+    print_summary(*results[:4])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 6 + 1 + 5          # the table, an empty line, the sentences
     assert "nan" not in " ".join(lines) and "None" not in " ".join(lines)
@@ -110,8 +134,8 @@ def test_the_toy_leaves_what_it_says(experiment, capsys):
 
 
 def test_plans_lead_to_the_goal_with_lora(experiment):
-    """Closed loops on five held-out episodes: they come within 0.7 cm of the goal with LoRA, on
-    average, and within 11.9 cm without."""
+    """Closed loops on five held-out episodes: they come within 2.4 cm of the goal with LoRA, on
+    average, and within 20.2 cm without."""
     out, _ = experiment
     cfg = toy.recipe(out, "--energy.cem_samples=64", "--energy.cem_iterations=6")
     source, found = droid.open_source(cfg), []
@@ -135,7 +159,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
              "--energy.cem_elites=2"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs = [toy.run_experiment(tmp_path / name, seed, 12, 4, 8, short)[:2]
+    runs = [toy.run_experiment(tmp_path / name, seed, 12, 4, 8, 0, short)[:2]
             for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     torch.set_num_threads(threads)
     same = [all(np.array_equal(x["energy_xy"], y["energy_xy"]) for x, y in zip(runs[0], run))

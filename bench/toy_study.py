@@ -29,10 +29,12 @@ from matplotlib.figure import Figure
 
 import energy
 import files
+import latents
 import tabletop
 import toy
 from analysis import compare, figures
 from analysis.measures import cluster_bootstrap
+from tabletop.results import turned_error
 
 
 OUT = Path("runs/toy_study")
@@ -81,10 +83,11 @@ def run_seed(seed):
     # The package is the last thing that an experiment writes.
     if not (out / "checkpoints_for_colab.zip").exists():
         shutil.rmtree(out, ignore_errors=True)
-        toy.run_experiment(out, seed, N_EPISODES, overrides=SETTINGS)
+        toy.run_experiment(out, seed, N_EPISODES, decoder_steps=0, overrides=SETTINGS)
 
     write_both_cameras(out / "mixed", seed)
     cfg = toy.recipe(out, f"--seed={seed}", *SETTINGS, *BOTH_CAMERAS)
+    latents.encode(toy.with_latents(cfg, out, "mixed"))
     mix = toy.finetune(out, cfg, "mixed", "mix")
     cfg = toy.recipe(out, f"--seed={seed}", *SETTINGS)
     for camera, folder in ((tabletop.CAMERA_A, "mix_A"), (tabletop.CAMERA_B, "mix_B")):
@@ -137,7 +140,7 @@ def gather(seeds, folder):
         for c, name in enumerate(arrays["checkpoints"].tolist()):
             of_seed = {f"{group} {metric}": per_pair[c]
                        for (group, metric), per_pair in metrics.items()}
-            of_seed["turned error"] = toy.turned_error(arrays, c)
+            of_seed["turned error"] = turned_error(arrays, c)
             for key, per_pair in of_seed.items():
                 values.setdefault(name, {}).setdefault(key, []).append(per_pair)
             angle = result["checkpoints"][name]["calibration"]["xy"]["angle"]

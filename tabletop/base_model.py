@@ -5,6 +5,7 @@
 It has the architecture of V-JEPA 2-AC at SIZE, and its file has the released checkpoint's layout.
 """
 import io
+import math
 from functools import partial
 from math import cos, pi
 from pathlib import Path
@@ -25,30 +26,38 @@ SIZE = dict(encoder_dim=64, encoder_depth=2, encoder_heads=2,
             predictor_dim=64, predictor_depth=2, predictor_heads=2, image_size=64)
 
 ENCODER_BATCH, ENCODER_LR = 64, 4e-3            # frames
-PREDICTOR_BATCH, PREDICTOR_LR = 16, 8e-3        # clips …
+PREDICTOR_BATCH, PREDICTOR_LR = 16, 1.2e-2      # clips …
 CLIP_FRAMES = 3                                 # … of so many frames
 WARMUP_STEPS = 30
 
 
-def pretrain(path, seed=0, encoder_steps=250, predictor_steps=1600):
+def pretrain(path, seed=0, encoder_steps=250, predictor_steps=1000, encoder_is_there=None):
     """Trains the base model on camera A and writes it as the released file is laid out.
 
     First the encoder, on frames from all around the table; then, with the encoder frozen, the
-    predictor on clips of camera A. Returns both last losses."""
+    predictor on clips of camera A. encoder_is_there: is called in between, when the file holds the
+    encoder, which is all that latents need. Returns both last losses."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     encoder, predictor = model.build(SIZE)
     encoder_loss = _pretrain_encoder(encoder, rng, encoder_steps)
+    if encoder_is_there:
+        _write(path, encoder, predictor, None, math.nan)
+        encoder_is_there()
     predictor_loss, optimizer = _pretrain_predictor(encoder, predictor, rng, predictor_steps)
+    _write(path, encoder, predictor, optimizer, predictor_loss)
+    return encoder_loss, predictor_loss
+
+
+def _write(path, encoder, predictor, optimizer, loss):
     encoder, predictor = ({f"module.{name}": tensor for name, tensor in part.state_dict().items()}
                           for part in (encoder, predictor))
     file = io.BytesIO()
     torch.save(dict(encoder=encoder, predictor=predictor, target_encoder=encoder, opt=optimizer,
-                    scaler=None, epoch=1, loss=predictor_loss, batch_size=PREDICTOR_BATCH,
-                    world_size=1, lr=PREDICTOR_LR), file)
+                    scaler=None, epoch=1, loss=loss, batch_size=PREDICTOR_BATCH, world_size=1,
+                    lr=PREDICTOR_LR), file)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_file(path, file.getvalue())
-    return encoder_loss, predictor_loss
 
 
 def _pretrain_encoder(encoder, rng, steps):
@@ -104,7 +113,8 @@ def _predictor_loss(world, h, actions, states, rng):
 def _fit(title, modules, batch_loss, steps, lr):
     """AdamW with warm-up and cosine decay -> last loss, the optimizer's state."""
     parameters = [p for module in modules for p in module.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
     for step in (bar := tqdm(range(steps), title, disable=None)):
         for group in optimizer.param_groups:
             warmup = min(1, (step + 1) / WARMUP_STEPS)
