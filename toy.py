@@ -69,7 +69,7 @@ def at_once(function, *args, **kwargs):
 # The experiment
 
 def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor_steps=1000,
-                   decoder_steps=400, overrides=(), submit=at_once):
+                   decoder_steps=600, overrides=(), submit=at_once):
     """Everything from the data to the figure, into `out`.
 
     decoder_steps: 0 leaves out what is imagined. overrides: keys of the recipe, such as
@@ -81,14 +81,16 @@ def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor
     cfg = recipe(out, f"--seed={seed}", *overrides)
     data = submit(write_data, out, seed, n_episodes)
     # The decoder has a recipe of its own, but for the seed.
-    own = decoder_steps and recipe(out, f"--seed={seed}", f"--decoder.max_steps={decoder_steps}",
-                                   f"--decay_steps={decoder_steps // 2}")
+    own = None
+    if decoder_steps:
+        own = recipe(out, f"--seed={seed}", f"--decoder.max_steps={decoder_steps}",
+                     f"--decay_steps={decoder_steps // 2}")
     beside = []
 
     def use_encoder():
         data.result()
         beside.append(submit(latents.encode, with_latents(cfg, out, "data")))
-        if decoder_steps:
+        if own:
             beside.append(submit(processes.logged, out / "decoder.txt", decoder.train,
                                  with_latents(own, out, "data")))
 
@@ -104,21 +106,19 @@ def run_experiment(out=OUT, seed=0, n_episodes=120, encoder_steps=250, predictor
     print(export.adapter(control.result(), out / CONTROL))
 
     adapters = [out / f"lora/step_{step}" for step in saved_steps(out / "lora")]
-    on_A = submit(processes.logged, out / "energy_A.txt", analyse_camera, out, cfg, CAMERA_A,
-                  adapters, "energy_A", planes=("xy",), planners=())
-    if decoder_steps:
-        imagining = submit(processes.logged, out / "imagined.txt", imagined.imagine, own,
-                           [adapters[-1], out / CONTROL], out / "energy_B" / strips.FOLDER)
-    package = submit(export.package, out / "lora", [0, cfg.max_steps], 8, out / export.PACKAGE,
-                     decoder=out / "decoder" if decoder_steps else "")
-    B, result_B = analyse_camera(out, cfg, CAMERA_B, [*adapters, out / CONTROL],
-                                 "energy_B", cfg.energy.planes, cfg.energy.planners)
-    A, result_A = on_A.result()
-    found = imagining.result() if decoder_steps else None
+    on_B = submit(processes.logged, out / "energy_B.txt", analyse_camera, out, cfg, CAMERA_B,
+                  [*adapters, out / CONTROL], "energy_B", cfg.energy.planes, cfg.energy.planners)
+    A, result_A = analyse_camera(out, cfg, CAMERA_A, adapters, "energy_A", planes=("xy",),
+                                 planners=())
+    found = own and imagined.imagine(own, [adapters[-1], out / CONTROL],
+                                     out / "energy_B" / strips.FOLDER)
+    package = export.package(out / "lora", [0, cfg.max_steps], 8, out / export.PACKAGE,
+                             decoder=own.decoder.out_dir if own else "")
+    B, result_B = on_B.result()
     both = {"camera_A": result_A, "camera_B": result_B, "imagined_B": found}
     files.write_file(out / "comparison.json", json.dumps(both, indent=1).encode())
     draw(A, B, out / "landscapes.png")
-    print(package.result())
+    print(package)
     return A, B, result_A, result_B, found
 
 

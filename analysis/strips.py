@@ -7,6 +7,7 @@ checkpoint and a copy of the context, a column for each step ahead; imagination_
 same as it moves. imagination.png: PSNR, SSIM and LPIPS by horizon.
 """
 import io
+import re
 from fractions import Fraction
 from importlib.util import find_spec
 from textwrap import wrap
@@ -100,7 +101,9 @@ def _grid(rows, titles, title=""):
 
 
 def _broken(name):
-    return "\n".join(wrap(shortened(name, LONGEST_NAME), LINE))
+    # After what joins the parts of a name, where that is enough.
+    text = re.sub(r"([_/+])(?=\S)", r"\1\0 ", shortened(name, LONGEST_NAME))
+    return "\n".join(wrap(text, LINE)).replace("\0 ", "").replace("\0", "")
 
 
 def curves(result):
