@@ -18,9 +18,6 @@ from files import free_name, write_file
 from running import hang
 
 
-PICTURES_A_SECOND = 2       # of a video
-
-
 class Logger:
     """metrics.jsonl, the terminal, and TensorBoard and W&B where asked for; silent on ranks other
     than 0."""
@@ -122,18 +119,24 @@ class Logger:
         for name, frames in clips.items():
             strip, data = np.concatenate(frames, axis=1), io.BytesIO()
             Image.fromarray(strip).save(data, "png")
-            try:
-                folder = self.path.parent / "pictures"
-                folder.mkdir(exist_ok=True)
-                write_file(folder / f"step_{step}_{name}.png", data.getvalue())
-            except OSError as error:
-                self.print(f"{name}: no picture of step {step} was written: {error.strerror}")
             if self.tensorboard:
                 self.tensorboard.add_image(name, strip, step, dataformats="HWC")
-            if self.wandb:
-                import wandb
-                video = wandb.Video(frames.transpose(0, 3, 1, 2), fps=PICTURES_A_SECOND)
-                self.wandb.log({name: video}, step=step)
+            path = self.path.parent / f"pictures/step_{step}_{name}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_file(path, data.getvalue())
+                if self.wandb:
+                    self._video(step, name, path.with_suffix(".gif"), frames)
+            except OSError as error:
+                self.print(f"{name}: no picture of step {step} was written: {error.strerror}")
+
+    def _video(self, step, name, path, frames):
+        import wandb
+
+        from analysis.strips import gif
+        # Of a file: to make one of arrays, W&B needs packages that few have.
+        write_file(path, gif(frames))
+        self.wandb.log({name: wandb.Video(str(path))}, step=step)
 
     def close(self):
         self.bar.close()
