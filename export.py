@@ -304,7 +304,9 @@ def source_files():
     if "evaluation/check.py" in found:
         found |= {"evaluation/franka_pair.npz", "evaluation/franka_pair.NOTICE.txt"}
     if "report/page.py" in found:
-        found |= {"report/page.html", "report/page.css", "report/page.js", "docs/evaluation.md"}
+        found |= {"docs/evaluation.md", *(
+            f"report/{path.name}" for path in (PROJECT / "report").iterdir()
+            if path.suffix in (".html", ".css", ".js"))}
     return sorted(found)
 
 
