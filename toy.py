@@ -5,20 +5,23 @@
 A small world model learns to predict a robot arm as camera A sees it. Seen from camera B, a quarter
 turn around the table, it reads actions along the wrong axes: the minimum of its energy lies at the
 turned action. LoRA on the predictor, trained on camera B, moves the minimum to the true action; the
-same LoRA trained on the actions of other episodes, the control, does not.
+same LoRA trained on the actions of other episodes, the control, does not. A decoder shows what each
+of them imagines.
 
 No script treats the toy as a special case: its clips are TFRecords in DROID's schema, its base
-model is a checkpoint in the released file's layout, and droid.py, latents.py, train.py, energy.py
-and export.py process them like the real ones. In runs/toy:
+model is a checkpoint in the released file's layout, and droid.py, latents.py, train.py, decoder.py,
+energy.py and export.py process them like the real ones. In runs/toy:
 
     landscapes.png, comparison.json       the results
     data/r2d2_faceblur-train.tfrecord-*   camera A is exterior_image_1_left, camera B ..._2_left
     base.pt                               a --model.checkpoint of size tabletop.SIZE
-    lora/, control/                       run folders, trained with the recipe tabletop/toy.yaml
+    lora/, control/, decoder/             run folders, trained with the recipe tabletop/toy.yaml
     energy_A/, energy_B/                  what energy.py writes for clips of each camera, without
                                           the figures; these are drawn with
                                           python energy.py --from=runs/toy/energy_B/landscapes.npz
+    energy_B/imagination/                 what the models imagine: strips, videos, curves
     checkpoints_for_colab.zip             the package
+    control.txt and others                what a second process prints, which works beside this one
 """
 import json
 import shutil
