@@ -1,10 +1,11 @@
-"""For all tests: one thread a process, and the small base checkpoint.
+"""For all tests: one thread a process, Ctrl-C as in a terminal, and the small base checkpoint.
 
 The tests' networks are small: more threads gain nothing, and threads that wait for a busy core cost
 minutes.
 """
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -12,6 +13,9 @@ import files.imports  # noqa: F401 (before tests import TensorFlow)
 
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell lets its background jobs ignore SIGINT, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
