@@ -105,13 +105,26 @@ class Logger:
         width = len(str(self.total))
         cells = (f"{key} {_short(value):>8}" for key, value in values.items())
         self.print(f"step {step:>{width}}/{self.total}  " + (line or "  ".join(cells)))
-        if self.tensorboard:
-            for key, value in values.items():
-                self.tensorboard.add_scalar(key, value, step)
-            # A kill would lose what is kept back, which is of up to two minutes.
-            self.tensorboard.flush()
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        with self._tracking("tensorboard") as tensorboard:
+            if tensorboard:
+                for key, value in values.items():
+                    tensorboard.add_scalar(key, value, step)
+                # A kill would lose what is kept back, which is of up to two minutes.
+                tensorboard.flush()
+        with self._tracking("wandb") as wandb:
+            if wandb:
+                wandb.log(values, step=step)
+
+    @contextmanager
+    def _tracking(self, name):
+        """Gives TensorBoard's writer, W&B's run, or None. One that fails is left out from then on:
+        it is no reason to lose the run."""
+        try:
+            yield getattr(self, name)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            self.print(f"{name}: nothing more is logged there: {reason}")
+            setattr(self, name, None)
 
     def pictures(self, step, clips):
         """Clips {name: [T, H, W, 3] uint8}: as a strip in the folder pictures/ and in TensorBoard,
@@ -119,31 +132,34 @@ class Logger:
         for name, frames in clips.items():
             strip, data = np.concatenate(frames, axis=1), io.BytesIO()
             Image.fromarray(strip).save(data, "png")
-            if self.tensorboard:
-                self.tensorboard.add_image(name, strip, step, dataformats="HWC")
+            with self._tracking("tensorboard") as tensorboard:
+                if tensorboard:
+                    tensorboard.add_image(name, strip, step, dataformats="HWC")
             path = self.path.parent / f"pictures/step_{step}_{name}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
                 write_file(path, data.getvalue())
-                if self.wandb:
-                    self._video(step, name, path.with_suffix(".gif"), frames)
             except OSError as error:
                 self.print(f"{name}: no picture of step {step} was written: {error.strerror}")
+                continue
+            with self._tracking("wandb") as run:
+                if run:
+                    import wandb
 
-    def _video(self, step, name, path, frames):
-        import wandb
-
-        from analysis.strips import gif
-        # Of a file: to make one of arrays, W&B needs packages that few have.
-        write_file(path, gif(frames))
-        self.wandb.log({name: wandb.Video(str(path))}, step=step)
+                    from analysis.strips import gif
+                    # Of a file: to make one of arrays, W&B needs packages that few have.
+                    video = path.with_suffix(".gif")
+                    write_file(video, gif(frames))
+                    run.log({name: wandb.Video(str(video))}, step=step)
 
     def close(self):
         self.bar.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        with self._tracking("tensorboard") as tensorboard:
+            if tensorboard:
+                tensorboard.close()
+        with self._tracking("wandb") as wandb:
+            if wandb:
+                wandb.finish()
 
 
 def validations(path, start):

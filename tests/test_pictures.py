@@ -89,6 +89,20 @@ def test_videos_in_wandb(base, decoder, tmp_path, monkeypatch):
     assert videos == [(step, ("GIF", 4, (128, 64))) for step in (0, 0, 2, 2)]
 
 
+def test_a_tracker_that_fails_ends_no_run(base, tmp_path, monkeypatch, capsys):
+    def log(values, step):
+        steps.append(step)
+        raise RuntimeError("the run was\ndeleted")
+
+    steps, module = [], ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None, origin="stand-in")
+    module.init = lambda **_: SimpleNamespace(log=log, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    last = train.train(recipe(base, tmp_path, "--wandb=test", "--max_steps=2"))
+    assert last.name == "step_2" and len(steps) == 1
+    assert "wandb: nothing more is logged there: the run was deleted" in capsys.readouterr().out
+
+
 def test_a_disk_without_room_for_pictures_ends_no_run(base, decoder, tmp_path, monkeypatch, capsys):
     def full(path, data):
         raise OSError(28, "No space left on device")
