@@ -246,10 +246,9 @@ class Workers:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        # After an error no further run is to begin.
+    def __exit__(self, *error):
         if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.__exit__(*error)
 
     def train(self, runs, step):
         """Trains runs as far as a step, where they are not there yet, and reads what they logged.
