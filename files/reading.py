@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import PurePosixPath
 
@@ -229,10 +230,7 @@ class Npz:
         with open_member(self.archive, f"{name}.npy") as stream, one_line(self.path):
             # NumPy would read a header of any length, up to 4 GB, before it judges it.
             start = io.BytesIO(stream.read(MAX_HEADER))
-            version = np.lib.format.read_magic(start)
-            read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0)
-            header = ArrayHeader(*read(start), start.tell())
+            header = ArrayHeader(*_parsed(_read_header, start), start.tell())
         if header.dtype.kind not in PLAIN_KINDS or header.dtype.subdtype:
             what = "Python objects" if header.dtype.hasobject else "records"
             raise ValueError(f"{where} holds {what}, expected numbers or text")
@@ -248,7 +246,7 @@ class Npz:
         """One array. Compare its header with what there is room for first."""
         self.header(name)
         with open_member(self.archive, f"{name}.npy") as stream, one_line(self.path):
-            array = np.lib.format.read_array(stream, allow_pickle=False)
+            array = _parsed(partial(np.lib.format.read_array, allow_pickle=False), stream)
         if array.dtype.kind == "U" and array.nbytes:
             # 32 bits a character, of which NumPy believes all: Python fails on those that are none,
             # and UTF-8 on halves of a pair.
@@ -278,6 +276,24 @@ class Npz:
                     block = np.frombuffer(bytearray(stream.read(rows * row_bytes)), header.dtype)
                     block = block.reshape(rows, *shape[1:])             # fails if it is cut short
                 yield block
+
+
+def _read_header(stream):
+    version = np.lib.format.read_magic(stream)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0)
+            else np.lib.format.read_array_header_2_0)(stream)
+
+
+def _parsed(read, stream):
+    """read(stream), which parses a header. NumPy does it with Python's own parser, which fails with
+    SystemError, now and then, when several threads use it (seen in Python 3.11.7; python/cpython
+    issue 106905): the file is as good as before."""
+    for _ in range(8):
+        try:
+            return read(stream)
+        except SystemError:
+            stream.seek(0)
+    return read(stream)
 
 
 @contextmanager
