@@ -252,16 +252,16 @@ def test_a_control_is_warned_of_and_the_same_run_without_is_not(base, tmp_path, 
         train.train(recipe(
             base, tmp_path / control, f"--data.path={tmp_path}/data", "--data.check=false",
             "--data.clip_frames=3", "--rollout=0", "--max_steps=70", "--val_every=70",
-            "--batch_size=12", "--grad_accum=1", "--lr=1e-2", "--min_lr=1e-3", "--warmup_steps=10",
+            "--batch_size=12", "--grad_accum=1", "--lr=2e-3", "--min_lr=1e-4", "--warmup_steps=10",
             "--optimizer=adamw", f"--lora.targets=[{targets}]", "--lora.rank=16",
             "--lora.dropout=0", "--val_landscapes=2", "--log_every=1000",
-            "--activation_checkpointing=false", f"--data.shuffle_actions={control}"))
+            "--seed=1", "--activation_checkpointing=false", f"--data.shuffle_actions={control}"))
         said = [line for line in capsys.readouterr().out.splitlines()
                 if line.startswith(("WARNING", "verdict"))]
         if control == "false":
             assert len(said) == 1 and "the model uses the actions" in said[0]
         else:
-            assert "WARNING: actions are hardly used" in said[0]
+            assert any(line.startswith("WARNING: actions are hardly used") for line in said)
             assert "hardly uses the actions" in said[-1]
 
 
