@@ -12,6 +12,8 @@ without knowing the action). In `values`:
     val_l1, val_copy, val_shuffled, val_zero        L1 one frame ahead, each frame from all before:
                                                     own prediction, copy, others' actions, none;
     val_shuffle_ratio                               val_shuffled / val_l1: 1 if actions are ignored
+    val_shuffle_error                               its standard error, from the differences between
+                                                    the clips; not with fewer than 8 clips
     val_l1_k, val_l2_k, val_copy_l1_k, …            k frames ahead of the first, on own predictions
     val_relative_range, val_flat                    of landscapes: range / mean of the energies, and
                                                     the share of those with less than 1 %
@@ -43,6 +45,8 @@ N_SHOWN = 2                 # clips of which there are pictures
 # L1 with shuffled / own actions below which actions hardly matter. A warning comes earlier than the
 # verdict of energy.py (compare.IGNORED), which has intervals.
 IGNORED = 1.01
+SURE = 2                    # standard errors by which the ratio is above 1 if that is no chance
+MIN_CLIPS = 8               # from which a standard error is estimated
 FLATTER = 0.5               # of the range at the beginning
 
 
@@ -138,6 +142,11 @@ class Validation:
         values |= {name: sums[name] / counts[name] for name in sorted(counts)}
         if "val_shuffled" in values and values["val_l1"]:
             values["val_shuffle_ratio"] = values["val_shuffled"] / values["val_l1"]
+            n = counts["val_shuffled"]
+            if n >= MIN_CLIPS:
+                squares = max(0, sums["rise_squared"] - sums["rise"] ** 2 / n)
+                error = (squares / (n - 1) / n) ** 0.5
+                values["val_shuffle_error"] = error / values["val_l1"]
         values |= {f"update/{kind}": norm for kind, norm in update_norms(world).items()}
         self.seconds += time.monotonic() - began
         values["ms_val"] = 1e3 * (time.monotonic() - began)
@@ -151,10 +160,15 @@ class Validation:
         """Adds those of a batch to two Counters: of distances, and of clips."""
         n, first = len(h), counts["val_copy"]
         found = {"val_copy": (h[:, 1:] - h[:, :-1]).abs().mean(),
-                 "val_zero": self._l1(world, h, torch.zeros_like(actions), states)}
+                 "val_zero": self._l1(world, h, torch.zeros_like(actions), states).mean()}
         if self.shuffled:
             other = torch.stack(self.shuffled[first:first + n]).to(actions)
-            found["val_shuffled"] = self._l1(world, h, other, states)
+            l1 = self._l1(world, h, other, states)
+            found["val_shuffled"] = l1.mean()
+            # Clip by clip: clips differ more in how hard they are than in what the actions do.
+            rise = (l1 - self._l1(world, h, actions, states)).double()
+            sums["rise"] += rise.sum().item()
+            sums["rise_squared"] += rise.square().sum().item()
         ahead = [k for k in HORIZONS if k < h.shape[1]]
         rolled = roll_out(world, h, actions, states, max(ahead))                # [B, k, N, D]
         for k in ahead:
@@ -167,7 +181,9 @@ class Validation:
             counts[name] += n
 
     def _l1(self, world, h, actions, states):
-        return world.losses(h, actions, states, rollout=0)["teacher_forcing"]
+        """Of each clip, one frame ahead: [B]."""
+        z = world.predict(h[:, :-1], actions[:, :-1], states[:, :-1])           # [B, T-1, N, D]
+        return world.distances(z, h[:, 1:])[:, L1]
 
     def _landscape(self, world, clip):
         """Of the first frame as context and the second as goal: {name: number or NaN}."""
@@ -254,12 +270,8 @@ class Validation:
     def verdict(self, values, best=""):
         """What a run came to, in one line at its end."""
         first, l1 = self.first, values["val_l1"]
-        ratio = values.get("val_shuffle_ratio", np.nan)
         copy = l1 / values["val_copy"] if values["val_copy"] else np.nan
-        uses = ("uses the actions" if ratio >= IGNORED else "hardly uses the actions"
-                if ratio < IGNORED else "was not tried with other actions")
-        lines = [f"the model {uses}" + (f" (L1 with others' {ratio:.3g} times as high)"
-                                        if np.isfinite(ratio) else ""),
+        lines = [f"the model {_use_of_actions(values)}",
                  f"it is {'better' if copy < 1 else 'no better'} than copying the last frame (L1 "
                  f"{l1:.4g} against {values['val_copy']:.4g})"]
         if first is not values and first["val_l1"]:
@@ -268,6 +280,22 @@ class Validation:
                          f"{_percent(abs(change))} since the beginning")
         lines += [best] * bool(best) + ["energy.py measures it on more, with intervals"]
         return "verdict: " + "; ".join(lines)
+
+
+def _use_of_actions(values):
+    ratio = values.get("val_shuffle_ratio", np.nan)
+    error = values.get("val_shuffle_error", np.nan)
+    if not np.isfinite(ratio):
+        return "was not tried with other actions"
+    spread = f" ± {error:.2g}" if np.isfinite(error) else ""
+    found = f"(L1 with others' {ratio:.3g}{spread} times as high)"
+    if ratio < IGNORED:
+        return f"hardly uses the actions {found}"
+    if not np.isfinite(error):
+        return f"seems to use the actions {found}, on fewer than {MIN_CLIPS} clips"
+    if ratio - SURE * error <= 1:
+        return f"is not shown to use the actions {found}: this may be chance"
+    return f"uses the actions {found}"
 
 
 def _percent(share):

@@ -93,6 +93,23 @@ def test_distances_are_those_of_predictions_made_one_by_one(base, tmp_path):
     assert values["val_loss"] == pytest.approx(values["val_l1"] + values["val_rollout"], abs=1e-6)
     assert len({round(value, 5) for value in expected.values()}) == len(expected)
     assert not [name for name in values if name.endswith("_8")]
+    assert "val_shuffle_error" not in values        # of six clips
+
+
+@torch.no_grad()
+def test_the_error_of_the_shuffle_ratio_is_that_of_differences_between_clips(base, tmp_path):
+    cfg = recipe(base, tmp_path, "--val_batches=5", "--batch_size=3", "--val_landscapes=0",
+                 "--data.val_fraction=0.6")
+    batches, world = read_batches(cfg), adapted(base)
+    values, _ = measure(cfg, world)
+    clips = whole(batches)
+    h = torch.cat([world.encode(frames[None]) for frames in clips["frames"]])
+    assert len(h) > validation.MIN_CLIPS
+    own, others = ((forced(world, h, actions, clips["states"]) - h[:, 1:]).abs().mean(dim=(1, 2, 3))
+                   for actions in (clips["actions"], clips["actions"].roll(-1, 0)))
+    rise = (others - own).double().numpy()
+    expected = rise.std(ddof=1) / len(rise) ** 0.5 / own.mean().item()
+    assert values["val_shuffle_error"] == pytest.approx(expected, rel=2e-3)
 
 
 @torch.no_grad()
@@ -309,6 +326,24 @@ def test_one_line_and_a_verdict(base, tmp_path):
                 {"val_l1": 1.0, "val_copy": 0.0, "val_loss": 1.0, "val_shuffled": 0.0}):
         found.first = dict(odd)
         assert found.verdict(odd) and found.line(odd) and not found.warnings(found.first)
+
+
+@pytest.mark.parametrize("ratio, error, says", [
+    (1.4, 0.05, "uses the actions (L1 with others' 1.4 ± 0.05 times as high); it is better"),
+    (1.02, 0.004, "uses the actions (L1 with others' 1.02 ± 0.004 times as high); it is better"),
+    (1.02, 0.011, "is not shown to use the actions (L1 with others' 1.02 ± 0.011 times as high): "
+                  "this may be chance; it is better"),
+    (1.009, 0.001, "hardly uses the actions (L1 with others' 1.01 ± 0.001 times as high); it"),
+    (0.9, 0.2, "hardly uses the actions"),
+    (1.4, None, "seems to use the actions (L1 with others' 1.4 times as high), on fewer than 8 "),
+    (None, None, "was not tried with other actions; it is better"),
+])
+def test_the_verdict_says_no_more_of_actions_than_the_clips_show(ratio, error, says):
+    found = Validation.__new__(Validation)
+    found.first = values = {"val_l1": 0.5, "val_copy": 1.0}
+    values |= {"val_shuffle_ratio": ratio} if ratio else {}
+    values |= {"val_shuffle_error": error} if error else {}
+    assert found.verdict(values).startswith(f"verdict: the model {says}")
 
 
 def test_compiled_parts_run_eagerly_and_training_mode_comes_back(base, tmp_path):
