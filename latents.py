@@ -43,6 +43,7 @@ from episodes import stored
 from episodes.identity import has_changed, identity
 from episodes.prefetch import n_threads, prefetch
 from episodes.several import labels
+from episodes.shards import short_names
 from episodes.source import DamagedEpisode, Episode
 from running.checks import check_ranks
 from running.lock import Lock
@@ -159,7 +160,7 @@ def _encode_missing(cfg, folder):
 def _write_settings(folder, rank, settings, data_files):
     """Writes store.json, or compares the settings with those that are there. Returns the number
     under which each data file is stored: one that is new gets a new one. Raises ValueError."""
-    path, names, numbers, old = folder / "store.json", _names(data_files), {}, []
+    path, names, numbers, old = folder / "store.json", short_names(data_files), {}, []
     if path.exists():
         there = stored.read_store(folder)
         other = stored.differing(there, settings)
@@ -185,12 +186,6 @@ def _write_settings(folder, rank, settings, data_files):
     if rank == 0 and names != old:
         files.write_file(path, json.dumps(store, indent=1).encode())
     return here
-
-
-def _names(data_files):
-    """The names of data files in store.json: without their folder where that tells them apart."""
-    names = [Path(file).name for file in data_files]
-    return names if len(set(names)) == len(names) else list(data_files)
 
 
 def _unfinished(folder, numbered, frame_bytes, source):

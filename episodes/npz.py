@@ -20,6 +20,7 @@ import torch
 
 from episodes.conversion import to_poses
 from episodes.crops import check_size, crop_frames
+from episodes.shards import short_names
 from episodes.source import DamagedEpisode, Episode, trim, with_rate
 from files import say_once
 from files.reading import file_size, is_text, open_npz, shown
@@ -49,13 +50,14 @@ class NpzFiles:
         _check_are_trajectories(files)
         self.files, self.size, self._names = files, size, None
         self.kept = _Kept()
+        self.places = dict(zip(files, short_names(files)))      # for messages, and to be counted by
         self.data = with_rate(data, _usual_fps(files), Path(files[0]).parent)
         if data.drop_idle:
             raise ValueError("data.drop_idle needs joint velocities, which .npz trajectories do "
                              "not hold; set it to false")
 
     def episodes(self, file):
-        location = Path(file).name
+        location = self.places[file]
         if not is_text(location):
             yield DamagedEpisode(ascii(location), "its file name is not UTF-8; rename it")
             return
@@ -93,7 +95,7 @@ class NpzFiles:
             if len(shape) != 2 or header.nbytes > MAX_STATES:
                 raise ValueError(f"states are {shown(list(shape))}, expected [n, 7]: x y z, Euler "
                                  "angles, gripper")
-            images.n = trim(images.shape[0], shape[0], Path(file).name)
+            images.n = trim(images.shape[0], shape[0], self.places[file])
             _check_fps(npz, self.data)
             states = npz.read("states").astype(np.float64).reshape(shape)[:images.n]
             poses = to_poses(states, None, self.data, self.named)

@@ -64,6 +64,12 @@ def _list_folder(path, connection, tf):
     return sorted(file for file in files if not os.path.isdir(file))
 
 
+def short_names(files):
+    """Of each file: without its folder where that tells them apart, else as it is given."""
+    names = [os.path.basename(file) for file in files]
+    return names if len(set(names)) == len(names) else list(files)
+
+
 def train_shards(path, is_folder, files):
     """The files to read: the train shards among those of a folder, or all of a pattern.
 

@@ -47,6 +47,19 @@ def test_a_bad_one_is_left_out_counted_and_named(npz, tmp_path, capsys, arrays, 
         next(iter(droid.create_dataloader(cfg)))
 
 
+def test_files_of_one_name_in_several_folders_are_counted_and_named_apart(npz, tmp_path, capsys):
+    for i, name in enumerate("abcd"):
+        (tmp_path / f"day_{i}").mkdir()
+        data = (npz / f"ep_{name}.npz").read_bytes()
+        (tmp_path / f"day_{i}/ep.npz").write_bytes(data[:-300] if name in "bc" else data)
+    cfg = data_recipe(f"{tmp_path}/*/ep.npz", "--data.max_bad_share=0.9")
+    loader = droid.create_dataloader(cfg, shuffle=False)
+    assert sorted(which(take(loader, 1000))) == all_clips("ad")
+    assert loader.report() == "4 episodes of this split: 2 used, 2 damaged"
+    err = capsys.readouterr().err
+    assert all(f"left out: {tmp_path}/day_{i}/ep.npz: " in err for i in (1, 2))
+
+
 @pytest.mark.parametrize("fps, says", [
     ("15", "fps is '15', expected one number, the frames in a second"),
     (0, "fps is 0, expected the frames in a second"), (-3.0, "fps is -3, expected the frames"),
