@@ -108,7 +108,11 @@ def _read_from(tf, file, offset):
     # Several files are open at once: what tf.data does to tune itself takes longer than reading.
     options = tf.data.Options()
     options.autotune.enabled = options.experimental_optimization.apply_default_optimizations = False
-    return start.flat_map(partial(_dataset_from, tf, is_remote(file))).with_options(options)
+    # As it is: AutoGraph would parse its code, with a parser that fails in threads now and then
+    # (see files/reading.py), and a process that is killed would leave a file of it in /tmp.
+    dataset_from = tf.autograph.experimental.do_not_convert(
+        partial(_dataset_from, tf, is_remote(file)))
+    return start.flat_map(dataset_from).with_options(options)
 
 
 def _dataset_from(tf, remote, file, offset):

@@ -83,6 +83,15 @@ def test_leaving_early_ends_the_reading_thread(rlds):
     assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")
 
 
+def test_nothing_is_parsed_while_records_are_read(rlds, monkeypatch):
+    """AutoGraph would: see tfrecords._read_from."""
+    from tensorflow.python.autograph.pyct import parser
+    monkeypatch.setattr(parser, "parse_entity", None)
+    monkeypatch.setenv("AUTOGRAPH_STRICT_CONVERSION", "1")
+    loader = droid.create_dataloader(data_recipe(rlds), shuffle=False)
+    assert sorted(which(take(loader, 1000))) == all_clips()
+
+
 def test_drop_idle(tmp_path):
     one = episode("b")
     one["states"][12:30] = one["states"][12]        # joint velocity follows the pose in write_rlds
