@@ -7,6 +7,7 @@ whether it still is the same, and source.json of which version of the source it 
 import hashlib
 import os
 import shutil
+import stat
 import sys
 from contextlib import contextmanager
 from json import dumps
@@ -107,6 +108,9 @@ class Target:
     def fetch(self, name, file, bar):
         """Fetches a file, or what its .part does not have yet."""
         part, begin = self._part(name), bar.n
+        if _has_other_names(part):
+            say(f"{self.target / name}: is a link to another file; fetching one of its own")
+            part.unlink()
         # Its records may all be whole, and still be those of another version.
         if self.parts.get(name) != file.version:
             part.unlink(missing_ok=True)
@@ -135,6 +139,16 @@ class Target:
         write_file(self.target / SUMS, "".join(lines).encode())
         known = {"source": self.folder, "files": self.files, "parts": self.parts}
         write_file(self.target / SOURCE, dumps(known, indent=1).encode())
+
+
+def _has_other_names(path):
+    """Whether a file, if it is there, is a link, or one of several hard ones: what is written into
+    it would alter files elsewhere, perhaps those of the source."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISLNK(found.st_mode) or stat.S_ISREG(found.st_mode) and found.st_nlink > 1
 
 
 def _sha256(path):
