@@ -31,7 +31,7 @@ from episodes.several import last_part
 from episodes.source import DamagedEpisode, Episode
 from episodes.windows import clip_span
 from files import say_once
-from files.reading import file_size, is_text, parse_json, read_npz
+from files.reading import check_open_files, file_size, is_text, parse_json, read_npz
 
 
 # Of each episode of a shard, those that are damaged among them, in JSON, so that names stay as they
@@ -240,7 +240,8 @@ class Cached:
                     if zlib.crc32(image) != images.crcs[i]:
                         return None
                     found.append(image)
-        except OSError:
+        except OSError as error:
+            check_open_files(error, self._path(images.shard, "images"))
             return None
         return found
 

@@ -31,7 +31,7 @@ from episodes.lerobot_list import Listing, as_numbers, check_picture, check_stat
 from episodes.parquet import Table, numbers_of, one_value
 from episodes.source import DamagedEpisode, Episode, trim, with_rate
 from episodes.video import OPEN_FILES, PerThread, Video
-from files.reading import file_size, one_line, shown
+from files.reading import allow_open_files, file_size, one_line, shown
 
 
 SUCCESS = ("is_episode_successful", "next.success")
@@ -58,6 +58,7 @@ class LeRobotFiles:
         """data: a DataConfig of one data set; size: of the frames, in pixels. Raises ValueError for
         settings that do not fit and for damaged lists, OSError."""
         check_installed()
+        allow_open_files()          # with 8 threads, 80 are kept open of each data set
         self.path, self.size = str(path), size
         try:
             self._open(data)

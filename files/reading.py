@@ -1,18 +1,21 @@
 """Reading files that come from outside: JSON, .zip and .npz, with limits.
 
 Whatever is wrong with a file, the error is a ValueError of one line that begins with its path. Only
-FileNotFoundError passes through: what to do about a missing file, the caller knows. Nothing waits
-(a FIFO is refused), no code is executed, and no more memory is used than the limit says.
+FileNotFoundError passes through: what to do about a missing file, the caller knows; and
+TooManyOpenFiles, which is no fault of the file. Nothing waits (a FIFO is refused), no code is
+executed, and no more memory is used than the limit says.
 """
+import errno
 import io
 import json
 import math
 import os
 import reprlib
+import resource
 import stat
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -26,6 +29,7 @@ ZIP_LIMIT = 1 << 30         # bytes that a .zip or .npz may expand to,
 ZIP_RATIO = 20              # or so many times its own size: measured numbers compress less
 MAX_LIST = 2 << 20          # bytes of the list of members: 20,000 of them
 MAX_HEADER = 1 << 16        # bytes of an array's header
+OPEN_FILES = 8192           # that a process should be allowed: the limit is often 256 or 1,024
 PLAIN_KINDS = "biufcSUmM"   # of NumPy's dtypes: neither Python objects nor records
 
 _short = reprlib.Repr()
@@ -33,6 +37,27 @@ _short.maxstring = _short.maxother = 60
 
 
 # Files and JSON
+
+class TooManyOpenFiles(MemoryError):
+    """The process may open no more. As where memory is short, the file is as good as before: who
+    takes files for damaged must not catch this."""
+
+
+def check_open_files(error, path):
+    """Raises TooManyOpenFiles if an exception says so."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        raise TooManyOpenFiles(f"{path}: cannot be opened ({os.strerror(error.errno)}); raise the "
+                               "limit, with: ulimit -n 65536") from None
+
+
+def allow_open_files():
+    """Raises this process's limit, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
 
 def file_size(path):
     """Size of a regular file in bytes. Raises ValueError for anything else, FileNotFoundError if
@@ -63,6 +88,7 @@ def read_bytes(path, limit):
     except FileNotFoundError:
         raise
     except OSError as error:
+        check_open_files(error, path)
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > limit:
         raise ValueError(f"{path}: has more than the {limit:,} bytes that are read of such a file")
@@ -316,13 +342,14 @@ def one_line(path):
     """What zipfile, zlib and NumPy's parsers raise for damaged files, as ValueError."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, TooManyOpenFiles):
         raise
     except MemoryError:
         raise ValueError(f"{path}: there is not enough memory to read it") from None
     # Not a list of classes: the parsers of NumPy and Python behind np.lib.format meet any text here
     # (TokenError, SyntaxError, RecursionError, …), and zipfile any number (struct.error, …).
     except Exception as error:
+        check_open_files(error, path)
         raise ValueError(f"{path}: cut short or damaged ({_first_line(error)}); copy it again"
                          ) from None
 

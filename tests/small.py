@@ -1,7 +1,9 @@
 """What the tests run on: a small base checkpoint, episodes, Triton without a GPU."""
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -136,6 +138,21 @@ def all_clips(names="abcd", span=7, stride=4):
     """What `which` gives for the clips of `data_recipe`, in order."""
     return sorted((name, start) for name in names
                   for start in range(0, LENGTHS[name] - span + 1, stride))
+
+
+@contextmanager
+def open_files_left(n):
+    """This process may open n more files than it has open, and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    gaps = [os.open(os.devnull, os.O_RDONLY) for _ in range(highest)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(gaps) + 1 + n, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in gaps:
+            os.close(fd)
 
 
 def flip(path, at):

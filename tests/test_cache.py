@@ -14,7 +14,7 @@ import torch
 import droid
 from episodes import cache, clips, rounds
 from episodes.source import Episode
-from small import data_recipe, flip, write_records
+from small import data_recipe, flip, open_files_left, write_records
 
 
 @pytest.fixture
@@ -138,6 +138,18 @@ def test_images_altered_while_a_run_reads_them(records, tmp_path, capsys):
     for (after, values, episode, start), (state, name, first, same) in zip(found, expected):
         assert (after, episode.name, start) == (state, name, first)
         assert torch.equal(values["frames"], same["frames"])
+
+
+def test_a_cache_is_not_altered_because_too_many_files_are_open(records, tmp_path, capsys):
+    cfg = recipe(records, tmp_path)
+    assert len(some(cfg, 20)) == 20
+    source = droid.open_source(cfg)
+    episode = next(source.episodes(source.files[0]))
+    capsys.readouterr()
+    with open_files_left(0), pytest.raises(MemoryError, match="images: .*Too many open files"):
+        source.decode(source.gather(episode.images, 0))
+    assert len(stored(tmp_path, "npz")) == 2 and not capsys.readouterr().err
+    source.decode(source.gather(episode.images, 0))
 
 
 def test_a_source_that_has_changed_is_read_again(records, tmp_path, capsys):

@@ -10,7 +10,7 @@ from lerobot_writer import POSE, gray_episode, write_video
 from test_lerobot import LENGTHS, VERSIONS, made, opened, read, shades
 
 import droid
-from small import data_recipe
+from small import data_recipe, open_files_left
 
 
 pytest.importorskip("pyarrow")
@@ -47,6 +47,18 @@ def kept(folder, capsys, *args):
     n = sum(line.startswith("left out") for line in lines)
     assert f"{n} damaged" in loader.report() if n else "damaged" not in loader.report()
     return found, lines
+
+
+@pytest.mark.parametrize("n", range(3))
+def test_a_good_episode_is_not_damaged_because_too_many_files_are_open(tmp_path, capfd, n):
+    loader = droid.create_dataloader(data_recipe(
+        made(tmp_path, "v2.1"), "--data.camera=front", "--data.frame_step=1",
+        "--data.max_bad_share=1"), shuffle=False)
+    with open_files_left(n), pytest.raises(MemoryError, match="000: cannot be opened .Too many open"
+                                           .replace("000: ", r"\.(mp4|parquet): ")):
+        list(loader)
+    assert "left out" not in capfd.readouterr().err
+    assert len(list(loader)) > 0 and "damaged" not in loader.report()
 
 
 def clips(*numbers):

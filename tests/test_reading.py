@@ -3,12 +3,14 @@
 tests/test_odd_files.py has the odd files themselves."""
 import ast
 import json
+import resource
 import zipfile
 
 import numpy as np
 import pytest
 
 from files import reading
+from small import open_files_left
 
 
 @pytest.mark.parametrize("value, kind, fits", [
@@ -137,3 +139,24 @@ def test_python_s_parser_may_fail_while_another_thread_uses_it(tmp_path, monkeyp
     monkeypatch.setattr(ast, "literal_eval", literal_eval)
     assert np.array_equal(reading.read_npz(tmp_path / "a.npz")["array"], array)
     assert next(fails, "none") == "none"
+
+
+def test_that_no_more_files_can_be_opened_says_nothing_about_a_file(tmp_path):
+    np.savez(tmp_path / "a.npz", array=np.arange(3))
+    (tmp_path / "a.json").write_text("{}")
+    with open_files_left(0):
+        for name, read in (("a.npz", reading.read_npz), ("a.json", reading.read_json)):
+            with pytest.raises(reading.TooManyOpenFiles, match=f"{name}: cannot.*; raise"):
+                read(tmp_path / name)
+    assert reading.read_json(tmp_path / "a.json") == {}
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_that_may_be(monkeypatch):
+    limits, wanted = {}, {(256, 4096): (4096, 4096), (1024, 10 ** 6): (8192, 10 ** 6),
+                          (10 ** 5, 10 ** 6): None, (256, -1): (8192, -1), (-1, -1): None}
+    for now, then in wanted.items():
+        limits.clear()
+        monkeypatch.setattr(resource, "getrlimit", lambda _, now=now: now)
+        monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+        reading.allow_open_files()
+        assert limits.get(resource.RLIMIT_NOFILE) == then
