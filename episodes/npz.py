@@ -85,8 +85,8 @@ class NpzFiles:
                 others = ", ".join(shown(name)[1:-1] for name in npz.names[:5])
                 raise ValueError(f"has no array {missing[0]!r}, only {others or 'nothing'}")
             # Images are megabytes, and perhaps of another rank's clips: only their header is read.
-            images = _LazyFrames(file, _frames_shape(npz, self.data, self.size), self.data,
-                                 self.size, self.kept)
+            shape = _frames_shape(npz, self.data, self.size)
+            images = _LazyFrames(file, shape, _sums(npz), self.data, self.size, self.kept)
             header = npz.header("states")
             # With or without a batch axis: the example of facebookresearch/vjepa2 has one.
             shape = _without_batch_axis(header.shape, 2)
@@ -148,10 +148,12 @@ class _LazyFrames:
     All its clips share them, and they are freed with the last clip of the round, or when others
     need the room: an .npz array can only be read as a whole."""
 
-    def __init__(self, file, shape, data, size, kept):
-        """shape: of the images, [n, H, W, 3]. Fewer are used if `n` is set to it."""
+    def __init__(self, file, shape, sums, data, size, kept):
+        """shape: of the images, [n, H, W, 3]. Fewer are used if `n` is set to it. sums: of the
+        file from which the poses are."""
         self.n = shape[0]
         self.file, self.shape, self.data, self.size, self.kept = file, shape, data, size, kept
+        self.sums = sums
         self.frames, self.phase = None, 0
         self.lock = threading.Lock()            # clips are decoded by several threads
 
@@ -165,7 +167,7 @@ class _LazyFrames:
             if frames is None or self.phase != phase:
                 try:
                     with open_npz(self.file) as npz:
-                        if _frames_shape(npz, self.data, self.size) != self.shape:
+                        if _sums(npz) != self.sums:
                             raise ValueError("was replaced while it was read")
                         frames = self._read_cropped(npz, phase)
                 except (ValueError, OSError, KeyError) as error:
@@ -187,6 +189,12 @@ class _LazyFrames:
             frames[n_kept:n_kept + len(wanted)] = wanted
             n_read, n_kept = n_read + len(images), n_kept + len(wanted)
         return frames
+
+
+def _sums(npz):
+    """Of the arrays of an episode, as the list of members has them: for nothing."""
+    return [npz.archive.NameToInfo[f"{name}.npy"].CRC for name in ("observations", "states")
+            if name in npz.names]
 
 
 def _frames_shape(npz, data, size):

@@ -158,9 +158,17 @@ def test_a_file_replaced_after_its_poses_were_read_is_no_longer_its_episode(npz,
     (tmp_path / "a.npz").write_bytes((npz / "ep_a.npz").read_bytes())
     source = droid.open_source(data_recipe(tmp_path))
     episode, = source.episodes(source.files[0])
+    with np.load(tmp_path / "a.npz") as arrays:
+        altered = {"states": arrays["states"] + 0.1}, {"observations": arrays["observations"] + 1}
+        others = [{**arrays, **change} for change in altered]
     (tmp_path / "a.npz").write_bytes((npz / "ep_c.npz").read_bytes())
-    with pytest.raises(ValueError, match="^was replaced while it was read"):
-        source.decode(source.gather(episode.images, 0))
+    for arrays in (*others, None):
+        with pytest.raises(ValueError, match="^was replaced while it was read"):
+            source.decode(source.gather(episode.images, 0))
+        if arrays:
+            np.savez(tmp_path / "a.npz", **arrays)
+    (tmp_path / "a.npz").write_bytes((npz / "ep_a.npz").read_bytes())
+    source.decode(source.gather(episode.images, 0))
 
 
 def test_the_real_franka_pair():
