@@ -108,11 +108,17 @@ class Run:
     why it ended, or ""."""
 
     def __init__(self, given, out, chosen):
-        self.chosen, self.title = chosen, sweep_line.title_of(chosen)
+        self.chosen, self.title, self.fault = chosen, sweep_line.title_of(chosen), ""
+        try:
+            cfg = sweep_line.config_of(given, chosen)
+        except ValueError as error:
+            # Each value alone is right, and nobody chose what is drawn together: one run less. A
+            # grid is as it was asked for, and ends before its first run.
+            if given.sampler == "grid":
+                raise
+            cfg, self.fault = given.cfg, str(error)
         # resume: what an earlier call has trained is taken over.
-        cfg = sweep_line.config_of(given, chosen)
         self.cfg = replace(cfg, out_dir=str(out / sweep_line.folder_of(chosen)), resume=True)
-        self.fault = ""
         self.read()
 
     def read(self):
@@ -140,9 +146,19 @@ def _halving(given, runs, workers):
     alive = runs
     for rung in rungs:
         workers.train(alive, rung)
-        alive = sorted((run for run in alive if run.value(rung) is not None),
-                       key=lambda run: run.value(rung))[:-(-len(alive) // 2)]
+        alive = _better(alive, rung)
     return runs
+
+
+def _better(runs, step):
+    """The better half of the runs at a step, of those that failed none; all of them where none has
+    a value: landscapes that are all flat at first have no Spearman."""
+    going = [run for run in runs if not run.fault]
+    valued = sorted((run for run in going if run.value(step) is not None),
+                    key=lambda run: run.value(step))
+    if not valued:
+        return going
+    return [*valued, *(run for run in going if run not in valued)][:-(-len(runs) // 2)]
 
 
 def _random(given):
@@ -219,12 +235,21 @@ def _claim(out, given, workers):
     # Its runs may have taken days.
     if path.exists():
         there = read_json(path)
-        changed = [key for key in about if not isinstance(there, dict)
-                   or there.get(key) != about[key]]
+        there = there if isinstance(there, dict) else {}
+        changed = [_changed(key, there.get(key), now) for key, now in about.items()
+                   if there.get(key) != now]
         if changed:
             raise ValueError(f"{path}: this sweep was begun with other {', '.join(changed)}; "
                              "choose another --out_dir, or remove it")
     files.write_file(path, json.dumps(about, indent=1).encode())
+
+
+def _changed(key, before, now):
+    """What of a sweep is another one now, as text: of its settings, which."""
+    if key != "settings" or not isinstance(before, dict):
+        return key
+    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    return f"{key} ({', '.join(names[:4])}{' …' * (len(names) > 4)})"
 
 
 # Processes
@@ -253,7 +278,7 @@ class Workers:
     def train(self, runs, step):
         """Trains runs as far as a step, where they are not there yet, and reads what they logged.
         Ends the process after a signal."""
-        todo = [run for run in runs if not run.is_at(step)]
+        todo = [run for run in runs if not (run.fault or run.is_at(step))]
         begin, done = time.monotonic(), len(runs) - len(todo)
         if todo:
             print(f"to step {step} of {runs[0].cfg.max_steps}: {len(todo)} runs", flush=True)
@@ -268,10 +293,10 @@ class Workers:
                 raise SystemExit(stop.exit_code() or 1)
             done += 1
             value = run.validations.get(step, {}).get(CRITERIA[run.cfg.best][0])
+            reached = f"no {run.cfg.best}" if value is None else f"{run.cfg.best} {value:.4g}"
             left = (time.monotonic() - begin) / (done - len(runs) + len(todo)) * (len(runs) - done)
             print(f"  {done}/{len(runs)}  {run.title}: "
-                  f"{fault or f'{run.cfg.best} {value:.4g}'}"
-                  + f"  ({left:.0f} s left)" * (left > 1), flush=True)
+                  f"{fault or reached}" + f"  ({left:.0f} s left)" * (left > 1), flush=True)
 
     def _in_pool(self, cfgs):
         try:

@@ -19,6 +19,7 @@ from files import write_file
 COLUMNS = [("L1", "val_l1", ""), ("/ copy", "val_l1", "val_copy"),
            ("others/own", "val_shuffle_ratio", ""), ("truth %", "val_percentile", ""),
            ("Spearman", "val_spearman", ""), ("range", "val_relative_range", "")]
+OF_LANDSCAPES = "val_percentile", "val_spearman"    # that are not flat
 CLOSE = 0.01            # runs that differ by a smaller share may change places with another seed
 MOST_PANELS = 4         # of keys, beside the curves
 MOST_TICKS = 6          # on the axis of a key
@@ -85,6 +86,10 @@ def sentences(result):
                f"({title(failed[0])}): {failed[0]['fault']}")
     if not finished:
         yield "No run came to its end with a value to compare."
+        # Who reads of no failure looks for one.
+        if name in OF_LANDSCAPES and any(run["state"] == "finished" for run in result["runs"]):
+            yield (f"Landscapes that are flat have no {result['criterion']}, and all of them are: "
+                   "train longer (--max_steps), or compare by another number (--best=val_l1).")
         return
     best, value = finished[0], finished[0]["validations"][-1][name]
     yield (f"Best by {result['criterion']}: {title(best)}, {value:.4g} at step {best['step']}, in "
@@ -113,15 +118,36 @@ def sentences(result):
 
 def _edges(result, best):
     """Where the best value is the smallest or largest one that was tried."""
+    idle = _idle(result)
+    if idle:
+        yield (f"{', '.join(idle)} changed nothing: runs that differ in nothing else have the same "
+               f"{result['criterion']}.")
     for key, text in best["values"].items():
         tried = [number(run["values"][key]) for run in result["runs"]]
         here = number(text)
         # A seed has no order, and neither have names.
-        if key == "seed" or None in tried or len(set(tried)) < 2:
+        if key == "seed" or key in idle or None in tried or len(set(tried)) < 2:
             continue
         for extreme, word in ((min(tried), "smallest"), (max(tried), "largest")):
             if here == extreme:
                 yield f"{key}={text} is the {word} that was tried: the best may lie beyond it."
+
+
+def _idle(result):
+    """The keys whose other values have changed no bit of what was measured at the last common step:
+    save_every does not, and neither does what training does not read."""
+    _, values = at_common_step(result)
+    idle = []
+    for key in result["runs"][0]["values"]:
+        groups = {}                                     # {values of the other keys: what came out}
+        for run, value in zip(result["runs"], values):
+            if value is not None:
+                others = tuple(text for name, text in run["values"].items() if name != key)
+                groups.setdefault(others, []).append(value)
+        several = [some for some in groups.values() if len(some) > 1]
+        if several and all(len(set(some)) == 1 for some in several):
+            idle.append(key)
+    return idle
 
 
 def title(run):

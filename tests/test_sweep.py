@@ -137,6 +137,35 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(base, stored, tmp_path, c
     assert "Best by val_l1: lr=1e-3" in said
 
 
+def test_without_a_value_to_compare_no_run_is_stopped(base, stored, tmp_path, capsys):
+    # Landscapes of so small a model are flat, and then have no Spearman.
+    sweep.main(command(base, stored, tmp_path, "--over=lr=1e-4,1e-5", "--best=spearman"))
+    said = capsys.readouterr().out
+    assert [run["state"] for run in result(tmp_path)["runs"]] == ["finished"] * 2
+    assert "lr=1e-4: no spearman" in said and "compare by another number (--best=val_l1)" in said
+
+
+def test_the_better_half_has_values_where_there_are_any():
+    def run(value, fault=""):
+        return SimpleNamespace(fault=fault, value=lambda step: value)
+    runs = [run(None), run(0.4), run(None, "diverged"), run(0.3), run(None), run(0.5)]
+    assert sweep._better(runs, 2) == [runs[3], runs[1], runs[5]]
+    assert sweep._better([*runs[:3], runs[4]], 2) == [runs[1], runs[0]]
+    assert sweep._better([runs[0], runs[2], runs[4]], 2) == [runs[0], runs[4]]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_combination_that_is_not_allowed_is_a_run_that_fails(base, stored, tmp_path, sampler):
+    pytest.importorskip("optuna")
+    sweep.main(command(base, stored, tmp_path, "--over=lr=1e-5,1e-3", "--over=min_lr=1e-6,1e-4",
+                       f"--sampler={sampler}", "--runs=12", "--max_steps=2", "--val_batches=1"))
+    found = result(tmp_path)["runs"]
+    wrong = [float(run["values"]["min_lr"]) > float(run["values"]["lr"]) for run in found]
+    assert sum(wrong) == 1 < len(found)
+    for run, is_wrong in zip(found, wrong):
+        assert (run["state"] == "failed") == is_wrong and ("lower it" in run["fault"]) == is_wrong
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_samplers_repeat_themselves(base, stored, tmp_path, sampler):
     pytest.importorskip("optuna")
@@ -190,8 +219,9 @@ def test_no_worker_goes_on_alone(base, stored, tmp_path, killed):
 
 def test_another_sweep_in_its_folder_is_refused(base, stored, whole, tmp_path):
     out = whole[1]
-    for args in ([OVER[0]], [*OVER, "--halvings=0"], [*OVER, "--batch_size=1"]):
-        with pytest.raises(SystemExit, match="this sweep was begun with other "):
+    for args, says in (([OVER[0]], "over, runs;"), ([*OVER, "--halvings=0"], "halvings;"),
+                       ([*OVER, "--batch_size=1"], r"settings \(batch_size\); choose")):
+        with pytest.raises(SystemExit, match=f"this sweep was begun with other {says}"):
             sweep.main(command(base, stored, out, *args))
     assert result(out) == whole[0]
 
@@ -267,3 +297,12 @@ def test_a_larger_value_can_be_the_better_one():
     runs = [run_of({"lr": str(i)}, (0, 1), (10, value)) for i, value in enumerate((1.1, 1.9, 1.4))]
     found = sweeps.result("shuffle_ratio", "val_l1", True, 10, runs)
     assert [run["values"]["lr"] for run in found["runs"]] == ["1", "2", "0"]
+
+
+def test_of_keys_that_change_nothing_no_value_is_called_best():
+    text = words(*(run_of({"save_every": a, "lr": b}, (0, 0.5), (10, {"1": 0.3, "2": 0.4}[b]))
+                   for a in "12" for b in "12"))
+    assert "save_every changed nothing: runs that differ in nothing else have the same" in text
+    assert "save_every=1 is" not in text and "lr=1 is the smallest that was tried" in text
+    assert "changed nothing" not in words(run_of({"lr": "1"}, (10, 0.3)),
+                                          run_of({"lr": "2"}, (10, 0.4)))
