@@ -109,7 +109,8 @@ def columns(text, n):
         else:
             indices.append(int(match[1]))
     if not indices or max(indices) >= n or min(indices) < -n:
-        raise ValueError(f"data.pose_slice: {text!r} of {n} numbers")
+        raise ValueError(f"data.pose_slice: {text!r} of {n} numbers; they are counted from 0, and "
+                         "a range such as 0:7 ends before its last one")
     return [i % n for i in indices]
 
 

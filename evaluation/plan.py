@@ -8,6 +8,7 @@
 
 A robot takes plan.actions[0], and plans again from what it sees then (docs/planning.md).
 """
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ import model
 from analysis.measures import FLAT_SHARE, is_flat
 from episodes import plausible
 from episodes.conversion import to_poses
-from episodes.crops import check_size, crop_frames
+from episodes.crops import MAX_PIXELS, check_size, crop_frames
 from episodes.poses import apply_action
 from episodes.source import with_rate
 from evaluation.analysis import BASELINE, choose_adapter, run_planner
@@ -31,6 +32,7 @@ from evaluation.protocol import plan_horizons, with_protocol
 AS_RECORDED = ("crop", "rotation", "position_scale", "pose_slice", "gripper", "frame_step",
                "step_seconds", "fps")
 SMALLEST = 32           # pixels of a side: scaled up from fewer, an image shows next to nothing
+TOO_LARGE = f"more than {MAX_PIXELS:,}; scale the image down"
 POINTS = 5              # an axis, of the moves that show how deep the landscape is
 
 
@@ -72,8 +74,7 @@ class Planner:
         """An image of SMALLEST pixels a side or more, [H, W, 3] uint8 RGB, as recorded: it is
         cropped as data.crop says. Returns its latents [N, D]. Raises ValueError."""
         image = np.asarray(image)
-        check_image(image, "an image")
-        check_size(*image.shape[:2], self.data.crop, self.size)
+        check_image(image, "an image", self.data.crop, self.size)
         frame = crop_frames(image[None], self.data.crop, self.size)             # [1, S, S, 3]
         frame = frame.permute(3, 0, 1, 2)[None].to(self.device)                 # [1, 3, 1, S, S]
         return self.world.encode(frame)[0, 0]
@@ -113,8 +114,9 @@ def data_of(cfg):
     return with_rate(data, 0, "plan") if data.step_seconds else data
 
 
-def check_image(image, name):
-    """Raises ValueError unless an array is an image from which can be planned."""
+def check_image(image, name, crop, size):
+    """Raises ValueError unless an array is an image from which can be planned, and which can be
+    cropped by data.crop to a square of `size`."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"{name} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3], "
                          "RGB")
@@ -122,6 +124,10 @@ def check_image(image, name):
     if min(height, width) < SMALLEST:
         raise ValueError(f"{name} has {height} × {width} pixels, too few to plan from; give it as "
                          f"the camera takes it, with {SMALLEST} pixels a side or more")
+    try:
+        check_size(height, width, crop, size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def read_image(path):
@@ -129,13 +135,20 @@ def read_image(path):
     # Pillow comes with Matplotlib.
     from PIL import Image, ImageOps
     try:
-        with Image.open(path) as image:
+        # What Pillow warns of does no harm here, and is not for who plans.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            # By the header: a small file can be gigabytes of pixels.
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.height} × {image.width} pixels are {TOO_LARGE}")
             if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"):
                 raise ValueError(f"of mode {image.mode}; store it with 8 bits a colour")
             # As a viewer shows it: phones note how they were held.
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: cannot be read as an image (its pixels are {TOO_LARGE})"
+                         ) from None
     # What Pillow raises for damaged files is of many kinds.
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from None
@@ -161,9 +174,10 @@ def plan(cfg, image, pose, goal, adapter=BASELINE):
     """Words on what to do: image, goal: files; pose: a list of numbers; adapter: a folder. Raises
     ValueError and OSError."""
     # Before the networks, which take minutes to load.
-    pose, images = read_pose(pose, data_of(cfg)), [read_image(image), read_image(goal)]
+    data, size = data_of(cfg), model.resolve_size(cfg.model.size)["image_size"]
+    pose, images = read_pose(pose, data), [read_image(image), read_image(goal)]
     for path, one in zip((image, goal), images):
-        check_image(one, path)
+        check_image(one, path, data.crop, size)
     # Whoever compares two cameras plans nonsense, which no number below would show.
     (h, w), (goal_h, goal_w) = (one.shape[:2] for one in images)
     if abs(w / h - goal_w / goal_h) > 0.02 * w / h:

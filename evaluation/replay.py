@@ -26,26 +26,33 @@ NEAR = 0.01             # m: who comes so near to the goal has reached it
 def find_episode(cfg, name):
     """(Episode, its frames [n, S, S, 3] uint8, its poses [n, 7]), every data.frame_step-th of them.
 
-    name: of an episode, or a part of it that no other has. Raises ValueError."""
+    name: of an episode, or a part of it that no other has, or of its file. Raises ValueError."""
     if len(config.data_sets(cfg.data)) > 1:
         raise ValueError("a replay reads one data set: name it with --data.path=… and one "
                          "--data.camera=…")
     # Frames, also of a run that has read latents.
     source = droid.open_source(replace(cfg, data=replace(cfg.data, latents="", cache="off")))
-    names, found = {}, None         # names: in their order, with those that contain `name` true
+    titles, similar = {}, {"name": {}, "file": {}}
     for file in source.files:
         for episode in source.episodes(file):
-            names[episode.name or episode.location] = name in episode.name
             if name == episode.name:
                 return _frames_of(source, episode)
-            if name in episode.name and sum(names.values()) == 1:
-                found = episode
-    similar = [one for one, contains in names.items() if contains]
-    if len(similar) == 1:
-        return _frames_of(source, found)
-    some, what = similar or list(names), "is in several names" if similar else "is in no name"
-    raise ValueError(f"--replay: {name!r} {what} of {len(names):,} episodes: "
-                     f"{', '.join(some[:4])}{' …' * (len(some) > 4)}")
+            titles[episode.name or episode.location] = True
+            # Of a damaged episode the file may be all that is known; and the cameras of a recording
+            # are files of one name.
+            for kind, text in ("name", episode.name), ("file", episode.location):
+                if name in text:
+                    key = text if kind == "name" else (text, episode.name)
+                    # The first one alone: with their images, memory might not hold all.
+                    similar[kind].setdefault(key, None if similar[kind] else episode)
+    kind = "name" if similar["name"] else "file"
+    some = similar[kind]
+    if len(some) == 1:
+        return _frames_of(source, *some.values())
+    what = f"is in several {kind}s" if some else "is in no name"
+    names = [key if kind == "name" else key[0] for key in some] or list(titles)
+    raise ValueError(f"--replay: {name!r} {what} of {len(titles):,} episodes: "
+                     f"{', '.join(names[:4])}{' …' * (len(names) > 4)}")
 
 
 def _frames_of(source, episode):
@@ -110,8 +117,11 @@ def replay_table(cfg, name, adapters):
 
 def _words(episode, poses, visited):
     step, n = episode.data.frame_step, len(poses)
-    yield (f"{episode.name}: {n} frames{f', every {step}th recorded one' * (step > 1)}; from the "
-           f"first to the last one {100 * distance(poses, 0):.1f} cm")
+    # Of several cameras, which one it was.
+    file = f" ({episode.location})" * (episode.location not in ("", episode.name)
+                                       and episode.location.endswith(".npz"))
+    yield (f"{episode.name}{file}: {n} frames{f', every {step}th recorded one' * (step > 1)}; from "
+           f"the first to the last one {100 * distance(poses, 0):.1f} cm")
     if in_split(episode.name, "train", episode.data):
         yield "an episode of the training split: no test of an adapter that was trained on it"
     recorded = "as recorded"

@@ -1,5 +1,7 @@
 """energy.py plan: from images and a pose to an action, the closed loop on a recorded episode, and
 what is refused."""
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +148,11 @@ def test_the_words_are_the_numbers(base):
     (["--goal={low}"], "low.png has 31 × 200 pixels, too few"),
     (["--image={deep}"], "of mode I;16; store it with 8 bits"),
     (["--image={cut}"], "cut.png: cannot be read as an image"),
+    (["--image={large}"], "large.png: cannot be read as an image (3000 × 3000 pixels are more"),
+    (["--image={huge}"], "huge.png: cannot be read as an image (its pixels are more than 8,388,6"),
+    (["--image={strip}", "--goal={strip}", "--data.crop=center"],
+     "strip.png: images of 32 × 99999 pixels"),
+    (["--data.pose_slice=[0,7]"], "'[0,7]' of 7 numbers; they are counted from 0"),
     (["--replay=episode"], "--image: a replay takes its images and poses from the episode"),
     (["--energy.planners=[]"], "plan needs one, --energy.planners=[cem]"),
     (["--energy.context=2"], "plan knows one frame: --energy.context=1"),
@@ -161,8 +168,14 @@ def test_what_cannot_be_planned_from_is_one_line(base, images, tmp_path, args, s
     Image.fromarray(np.zeros((24, 24), np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("RGB", (200, 31)).save(tmp_path / "low.png")
+    Image.new("1", (3000, 3000)).save(tmp_path / "large.png")
+    Image.new("1", (99999, 32)).save(tmp_path / "strip.png")
+    # Its header alone is that of 16 billion pixels, at which Pillow stops.
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 1 << 17, 1 << 17, 8, 2, 0, 0, 0)
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+                                        + struct.pack(">II4s", zlib.crc32(header), 0, b"IDAT"))
     (tmp_path / "cut.png").write_bytes((folder / "now.png").read_bytes()[:120])
-    names = {name: tmp_path / f"{name}.png" for name in ("wide", "deep", "cut", "dot", "low")}
+    names = {path.stem: path for path in tmp_path.glob("*.png")}
     args = [arg.format(**names) for arg in args]
     given = {arg.partition("=")[0] for arg in args}
     usual = [f"--image={folder}/now.png", f"--goal={folder}/goal.png", f"--pose={POSE}"]
@@ -204,6 +217,12 @@ def test_a_pose_is_read_as_the_data_are(base, keys, numbers):
 ])
 def test_a_pose_that_can_be_right_is_taken(base, keys, pose):
     assert np.isfinite(plan.read_pose(pose, recipe(base, base, *keys).data)).all()
+
+
+def test_what_pillow_warns_of_is_not_shown(tmp_path, recwarn):
+    image = Image.new("RGB", (40, 40)).quantize(8)
+    image.save(tmp_path / "x.png", transparency=bytes([0, 255] * 4))
+    assert plan.read_image(tmp_path / "x.png").shape == (40, 40, 3) and not recwarn.list
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
@@ -305,6 +324,24 @@ def test_what_cannot_be_replayed_is_one_line(base, tmp_path):
     both = recipe(base, base, f"--data.path=[{tmp_path}, {base}/data]")
     with pytest.raises(ValueError, match="a replay reads one data set"):
         replay.find_episode(both, "good")
+
+
+def test_cameras_and_damaged_episodes_are_found_by_their_files(base, tmp_path, capsys):
+    poses, images = np.zeros((6, 7)), np.zeros((6, 32, 32, 3), np.uint8)
+    poses[:, 0] = np.linspace(0, 0.3, 6)
+    for i, name in enumerate(("pick_front", "pick_side", "place_front")):
+        np.savez(tmp_path / f"{name}.npz", observations=images + i, states=poses,
+                 episode=name.partition("_")[0])
+    (tmp_path / "torn.npz").write_bytes(b"PK")
+    cfg = recipe(base, base, f"--data.path={tmp_path}", "--data.check=false")
+    for name, level in (("pick", 0), ("pick_side", 1), ("side", 1), ("place", 2)):
+        assert (replay.find_episode(cfg, name)[1] == level).all()
+    for name, says in (("torn", "torn.npz: "), ("front", "in several files of 3 episodes: pick_f"),
+                       ("nobody", "in no name of 3 episodes: pick, place, torn.npz")):
+        with pytest.raises(ValueError, match=says):
+            replay.find_episode(cfg, name)
+    episode, _, found = replay.find_episode(cfg, "side")
+    assert next(replay._words(episode, found, {})).startswith("pick (pick_side.npz): 6 frames")
 
 
 def test_a_replay_from_the_command_line(base, run, capsys):
