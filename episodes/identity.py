@@ -66,6 +66,12 @@ def of_poses(poses):
     return hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
 
 
+def of_cameras(poses):
+    """`of_poses` by which cameras of one recording are told: of one there may be a step more. Of a
+    single pose nothing is left without its last, and that would be the same for all."""
+    return [of_poses(poses), of_poses(poses[:-1])][:len(poses)]
+
+
 def of_episode(episode):
     """`of_poses` of an Episode, or of the recording from which it was cut."""
     return episode.identity or of_poses(episode.poses)

@@ -7,7 +7,7 @@ from scipy.spatial.transform import Rotation
 
 from episodes import plausible
 from episodes.crops import image_size
-from episodes.identity import of_poses
+from episodes.identity import of_cameras
 from episodes.lerobot_info import image_shape
 from episodes.source import DamagedEpisode
 from episodes.tfrecords import read_records
@@ -68,7 +68,7 @@ def duplicates(seen, label, known):
                 not np.ptp(one.poses, axis=0).any()):
             continue                            # it rests, as others may
         same.setdefault(one.poses.tobytes(), dict.fromkeys([one.name]))[one.name] = None
-        for identity in (of_poses(one.poses), of_poses(one.poses[:-1])):    # as in survey.py
+        for identity in of_cameras(one.poses):                              # as in survey.py
             own.setdefault(identity, f"{one.name} in {label}")
             if identity in known:
                 elsewhere.setdefault(one.name, known[identity])

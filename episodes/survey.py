@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from episodes import plausible
-from episodes.identity import of_poses
+from episodes.identity import of_cameras
 from episodes.retry import is_remote
 from episodes.source import DamagedEpisode
 from episodes.windows import clip_states_actions, in_split, usable_starts
@@ -164,8 +164,7 @@ def _look(source):
             if status == "used":
                 survey.copies[episode.name] += 1
                 survey.names[episode.name] = survey.names.get(episode.name, 0) + len(starts)
-                # of one camera there may be a step more
-                for identity in (of_poses(episode.poses), of_poses(episode.poses[:-1])):
+                for identity in of_cameras(episode.poses):
                     first = survey.recordings.setdefault(identity, episode.name)
                     if first != episode.name:
                         survey.twins[episode.name] = first

@@ -38,6 +38,17 @@ def test_recordings_of_two_names_lie_on_one_side(tmp_path, capsys):
     assert len(val) == sum(by_hash)
 
 
+def test_episodes_of_one_frame_are_not_all_one_recording(tmp_path, capsys):
+    for i in range(20):
+        write(tmp_path, f"ep{i}", path(i, n=1))
+    cfg = data_recipe(tmp_path, "--data.val_fraction=0.3")
+    cfg.data.clip_frames = 1                            # as decoder.py reads them
+    loaders = [droid.create_dataloader(cfg, split, shuffle=False) for split in ("train", "val")]
+    train, val = ({clip["episode"] for clip in loader.clips()} for loader in loaders)
+    assert train and val and len(train | val) == 20
+    assert "poses of others" not in capsys.readouterr().err
+
+
 def test_names_that_no_episode_has_are_refused(tmp_path):
     for i in range(3):
         write(tmp_path, f"ep{i}", path(i), episode=f"ep{i}")
