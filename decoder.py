@@ -203,7 +203,11 @@ def resumed(cfg):
             tqdm.write(str(error))
             keep_aside(folder)
             continue
-        return _with_settings_of(cfg, out / "config.yaml"), step, state
+        cfg = _with_settings_of(cfg, out / "config.yaml")
+        if step > cfg.max_steps:
+            raise ValueError(f"{out}: is at step {step}, which is beyond --decoder.max_steps="
+                             f"{cfg.max_steps}; give a larger one, or another --decoder.out_dir")
+        return cfg, step, state
     if folders:
         raise ValueError(f"{out}: none of its steps is whole; choose another --decoder.out_dir")
     return cfg, 0, None

@@ -173,6 +173,9 @@ def decoder_in(path):
     if not file.is_file():
         raise ValueError(f"{file}: no such file; python decoder.py config.yaml --data.latents=… "
                          "writes a decoder")
+    if file.suffix != Path(DECODER).suffix:
+        raise ValueError(f"{file}: not a .safetensors file, as decoders are; give a folder that "
+                         "decoder.py wrote")
     return str(file)
 
 

@@ -224,6 +224,8 @@ def test_a_run_goes_on_with_its_own_settings(base, store, tmp_path, capsys):
     own = config.load([str(out / "config.yaml")])
     assert own.lr == own.decoder.lr == 1e-3 and own.max_steps == 6 and own.resume is False
     assert load_file(out / "decoder.safetensors")["embed.weight"].shape == (64, 52)
+    with pytest.raises(ValueError, match="at step 6, which is beyond --decoder.max_steps=4"):
+        decoder.train(settings(base, store, out, "--resume", "--decoder.max_steps=4"))
     with pytest.raises(ValueError, match="is there already; go on with --resume"):
         decoder.train(settings(base, store, out))
 
