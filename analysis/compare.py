@@ -107,7 +107,10 @@ def _model_metrics(arrays, kind):
     own = arrays["l2_horizon" if l2 else "horizon_l1"]
     copy = arrays[f"{l2}horizon_copy"]
     for k in range(own.shape[2]):
-        out[group, f"copy_ratio_{k + 1}"] = own[:, :, k] / copy[:, k]
+        # Of a frame that equals the context (a camera that hung) a copy is exact, and the ratio of
+        # that one pair would make the mean of all infinite.
+        out[group, f"copy_ratio_{k + 1}"] = own[:, :, k] / np.where(copy[:, k] > 0, copy[:, k],
+                                                                    np.nan)
     return out
 
 

@@ -121,17 +121,20 @@ def _flat(result, names):
 
 
 def _beats_copy(result, names):
-    kinds = {"better than": [], "not clearly other than": [], "WORSE than": []}
+    kinds, n = {"better than": [], "not clearly other than": [], "WORSE than": []}, result["pairs"]
     for name in names:
         ratio = _number(result, name, "model", "copy_ratio_1")
         if ratio["mean"] is None:
             continue
-        sure = ratio["low"] is not None
+        sure, n = ratio["low"] is not None, ratio["n"]
         kind = ("better than" if sure and ratio["high"] < 1 else
                 "WORSE than" if sure and ratio["low"] > 1 else "not clearly other than")
         kinds[kind].append(f"{_named(result, name)} (L1 ratio {cell_text(ratio, 2)})")
     parts = [f"{kind} copying the frame before: {_list(found)}" for kind, found in kinds.items()
              if found]
+    if parts and n < result["pairs"]:
+        parts.append(f"in the other {result['pairs'] - n} of {result['pairs']} pairs nothing "
+                     "changes, and a copy is exact")
     return _sentence("; ".join(parts) or "whether predictions are better than a copy of the frame "
                      "before is not known: there a copy is exact")
 

@@ -131,6 +131,14 @@ def test_where_nothing_moves_a_copy_is_exact():
         assert "a copy is exact" in one(said(arrays), "Whether predictions are better")
 
 
+def test_one_pair_in_which_nothing_changes_does_not_hide_the_others(recwarn):
+    arrays = arrays_of(n_pairs=14, copy=0.5)
+    arrays["horizon_copy"][3] = 0
+    text = one(said(arrays), "Better than copying")
+    assert text.endswith("in the other 1 of 14 pairs nothing changes, and a copy is exact.")
+    assert not recwarn.list
+
+
 def test_helped_worse_and_no_difference():
     better = one(said(arrays_of(error=[0.05, 0.0], copy=[0.9, 0.5])), "step_100 against")
     assert "better: L1 one frame ahead / of a copy -0.4" in better and "worse" not in better
